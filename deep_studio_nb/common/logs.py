@@ -25,6 +25,10 @@ def get_logger(
 # %% ../../nbs/00_common/09a_logs.ipynb #c4aaa834
 _LEVELS = {0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
 
+class _Unshown(logging.Filter):
+    "Hold back what the terminal has already."
+    def filter(self, record:logging.LogRecord)->bool: return not getattr(record, 'shown', False)
+
 def log_config(
     file:str|Path|None=None, # The log file, appended to; `None` for none
     verbosity:int=1, # In the terminal: 0 warnings, 1 information, 2 everything
@@ -33,9 +37,9 @@ def log_config(
     "Describe where the toolkit's messages go."
     if verbosity not in _LEVELS: raise ConfigError(f"`verbosity` is {verbosity!r}, want 0 (warnings), 1 (information) or 2 (everything).")
     level,handlers = _LEVELS[verbosity], {}
-    if stream: handlers[f"{FAMILY}.terminal"] = {'class': 'logging.StreamHandler', 'stream': 'ext://sys.stdout', 'formatter': 'plain', 'level': level}
+    if stream: handlers[f"{FAMILY}.terminal"] = {'class': 'logging.StreamHandler', 'stream': 'ext://sys.stdout', 'formatter': 'plain', 'filters': ['unshown'], 'level': level}
     if file: handlers[f"{FAMILY}.file"] = {'class': 'logging.FileHandler', 'filename': str(file), 'encoding': 'utf-8', 'formatter': 'dated', 'level': min(level, logging.INFO)}
-    return dict(version=1, disable_existing_loggers=False, handlers=handlers,
+    return dict(version=1, disable_existing_loggers=False, handlers=handlers, filters={'unshown': {'()': _Unshown}},
         formatters={'plain': {'format': '%(message)s'}, 'dated': {'format': '%(asctime)s %(levelname)-7s %(name)s: %(message)s'}},
         loggers={FAMILY: {'level': min(level, logging.INFO), 'handlers': list(handlers), 'propagate': False}})
 

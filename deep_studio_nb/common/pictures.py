@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['new_picture', 'save_picture', 'as_pixels', 'image_grid']
+__all__ = ['text_font', 'new_picture', 'save_picture', 'as_pixels', 'image_grid']
 
 # %% ../../nbs/00_common/09b_pictures.ipynb #fd341fc1
 _FONTS = ('Noto Sans KR', 'Noto Sans CJK KR', 'NanumGothic', 'NanumBarunGothic', 'Malgun Gothic', 'Apple SD Gothic Neo', 'AppleGothic', 'UnDotum', 'Noto Sans CJK JP', 'Noto Sans CJK SC')
 
 @cache
-def _wide_font()->str|None:
+def _wide_fonts()->list[str]:
     "Find a font of this machine that has Hangul."
     from matplotlib import font_manager
     known = {o.name for o in font_manager.fontManager.ttflist}
-    return next((o for o in _FONTS if o in known), None)
+    return [o for o in _FONTS if o in known][:1]
+
+def text_font()->list[str]: # Names for matplotlib's `family=`; a letter that is not in the first font is taken from the next
+    "List the fonts that texts in our pictures are set in."
+    return ['sans-serif', *_wide_fonts()]
 
 @cache
 def _warn_once()->None:
@@ -37,15 +41,15 @@ def _warn_once()->None:
                   'and delete the folder that matplotlib.get_cachedir() names.', stacklevel=2)
 
 # %% ../../nbs/00_common/09b_pictures.ipynb #b6fa6cb6
-def _fit_fonts(fig:Figure)->bool: # Whether there is one
+def _fit_fonts(fig:Figure)->bool: # Whether there is a second font
     "Let every text of `fig` look its letters up in a second font."
     from matplotlib.text import Text
-    font = _wide_font()
+    fonts = _wide_fonts()
     for o in fig.findobj(Text):
         if o.get_text().isascii(): continue
-        if not font: _warn_once()
-        elif font not in o.get_fontfamily(): o.set_fontfamily([*o.get_fontfamily(), font])
-    return bool(font)
+        if not fonts: _warn_once()
+        elif fonts[0] not in o.get_fontfamily(): o.set_fontfamily([*o.get_fontfamily(), *fonts])
+    return bool(fonts)
 
 # %% ../../nbs/00_common/09b_pictures.ipynb #333668ad
 @cache
