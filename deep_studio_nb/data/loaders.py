@@ -209,9 +209,11 @@ def sample_ids(self:BaseDataLoader)->list[str]: # One name a sample, in the orde
 @patch
 def peek(self:BaseDataLoader,
     n:int=16 # Samples to load, at most
-)->list: # The first samples of the epoch to come, transformed
-    "Load what comes next, without moving on."
-    return Samples(self.dataset, list(self.sampler.named(self.sampler.order()[:n], self.sampler.epoch)))
+)->Samples: # Samples of the epoch to come, transformed
+    "Load some of what comes next, without moving on; spread over the epoch if it is not shuffled, as its beginning is often one class."
+    order,n = self.sampler.order(),min(n, len(self.dataset))
+    some = order[:n] if self.shuffle else order[torch.arange(n)*len(order)//n]
+    return Samples(self.dataset, list(self.sampler.named(some, self.sampler.epoch)))
 
 @patch
 def show_batch(self:BaseDataLoader,

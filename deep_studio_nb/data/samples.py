@@ -170,7 +170,7 @@ def target_name(self:BaseDataset,
 @patch
 def facts(self:BaseDataset)->dict[str,Any]: # input, in_features, in_channels, image_size, num_classes: those that are known
     "Tell what a model may want to know about the inputs and targets."
-    item = self.using('valid')[0]
+    item = self.using('valid')[Index(0, draw=0)]
     x,*rest = item if isinstance(item, (tuple,list)) else (item,)
     res = dict(input=self.kind)
     if isinstance(x, Tensor):

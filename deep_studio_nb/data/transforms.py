@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 import torch
 from torch import Tensor
+from ..common.arguments import split_spec
 from ..common.errors import ConfigError, did_you_mean, listed
-from ..common.registry import TRANSFORMS, split_spec
+from ..common.registry import TRANSFORMS
 from .image_files import convert_image
 from .samples import STAGES
 
