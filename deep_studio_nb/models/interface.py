@@ -31,7 +31,7 @@ def create_model(
     **kwargs # Arguments of the model
 )->nn.Module:
     "Build the model called `name`, with `facts` for the arguments that it names and the call leaves out."
-    if isinstance(name, (str, Mapping)): kwargs = _torchvision_facts(name, facts or {}) | kwargs
+    if isinstance(name, (str, Mapping)): kwargs |= _torchvision_facts(name, kwargs, facts or {})
     model = MODELS.build(name, *args, facts=facts, **kwargs)
     if isinstance(model, nn.Module): return model
     raise ConfigError(f"`{name}` gives a {type(model).__name__}, want an `nn.Module`. Register a module class, or a function that returns a module.")
@@ -39,11 +39,12 @@ def create_model(
 # %% ../../nbs/20_models/20_interface.ipynb #7f4b0528
 def _torchvision_facts(
     name:str|dict, # A name or a spec
+    kwargs:dict, # Arguments that are given beside it
     facts:dict # What the data knows
 )->dict: # Arguments to add
     "What `facts` say to a function of torchvision, which does not name `num_classes` in its signature."
     kind,given = split_spec(name)
-    make = MODELS.get(kind)
+    make,given = MODELS.get(kind),given|kwargs
     if not getattr(make, '__module__', '').startswith('torchvision.') or 'num_classes' in given or 'num_classes' not in facts: return {}
     if given.get('weights') is None and not given.get('pretrained'): return {'num_classes': facts['num_classes']}
     return _same_head(kind, facts['num_classes'])

@@ -204,9 +204,10 @@ def load_pretrained(
     "Give `model` the ImageNet weights of `name`, but for a last layer of another size."
     weights,own = pretrained_weights(name, version),model.state_dict()
     state = fetch_weights(weights)
+    state = {k:v for k,v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     first = state.get('conv1.weight')
-    if first is not None and first.shape[1]!=model.conv1.in_channels: state['conv1.weight'] = fold_channels(first, model.conv1.in_channels)
-    new_head = [k for k in ('fc.weight', 'fc.bias') if k in state and state[k].shape!=own[k].shape]
+    if first is not None and first.ndim==4 and first.shape[1]!=model.conv1.in_channels: state['conv1.weight'] = fold_channels(first, model.conv1.in_channels)
+    new_head = [k for k in ('fc.weight', 'fc.bias') if k in state and len(state[k])==1000!=model.fc.out_features]
     wrong = [k for k in own.keys()|state.keys() if k not in new_head and getattr(state.get(k), 'shape', None)!=getattr(own.get(k), 'shape', None)]
     if wrong: raise CheckpointError(f"`{weights_file(weights)}` does not fit `{name}`: {len(wrong)} of {len(own)} tensors are missing or have another shape, among them `{min(wrong)}`.")
     model.load_state_dict({k:v for k,v in state.items() if k not in new_head}, strict=False)

@@ -266,6 +266,7 @@ def build_metrics(
     facts,built = ({'task':'multiclass'} if 'num_classes' in (facts or {}) else {})|dict(facts or {}),{}
     for name,spec in (specs.items() if isinstance(specs, Mapping) else specs):
         metric = METRICS.build(spec, facts=facts)
+        if not callable(metric) and not hasattr(metric, 'update'): raise ConfigError(f"{metric!r} is no metric: want a name, `{{type, args}}`, a function of predictions and targets, or an object with `update` and `compute`.")
         name = name or _metric_name(spec, metric)
         if name in built: raise ConfigError(f"There are two metrics called `{name}`. Give them names: {{\"my_name\": ...}}.")
         if name in _TAKEN: raise ConfigError(f"A metric cannot be called `{name}`: the history has a column of that name.")
