@@ -10,7 +10,7 @@ import operator, random
 from collections.abc import Mapping
 from hashlib import blake2b
 import torch
-from torch import Tensor
+from .errors import CheckpointError
 
 # %% ../../nbs/00_common/07_randomness.ipynb #1a6dcf8c
 def derive(
@@ -64,31 +64,31 @@ def seed_all(
     random.seed(seed)
     return seed
 
-# %% ../../nbs/00_common/07_randomness.ipynb #a5c61520
-def _pack(o:object)->object:
-    "Turn arrays and tuples into what a checkpoint may hold."
-    if isinstance(o, Mapping): return {k: _pack(v) for k,v in o.items()}
-    if hasattr(o, '__array__') and not isinstance(o, Tensor): return torch.tensor(o.tolist(), dtype=torch.int64)
-    return o
+# %% ../../nbs/00_common/07_randomness.ipynb #74230544
+def _plain(o:object)->object:
+    "Turn arrays and tuples within `o` into lists."
+    if isinstance(o, Mapping): return {k: _plain(v) for k,v in o.items()}
+    if isinstance(o, tuple): return list(map(_plain, o))
+    return o.tolist() if hasattr(o, 'tolist') else o
 
 def rng_state()->dict: # By library: "torch", "numpy", "python", and "cuda" where it is in use
     "Read the states of all global generators."
     import numpy as np
-    version,words,spare = random.getstate()
-    state = dict(torch=torch.default_generator.get_state(), numpy=_pack(np.random.get_state(legacy=False)), python=[version, torch.tensor(words), spare])
+    state = dict(torch=torch.default_generator.get_state(), numpy=_plain(np.random.get_state(legacy=False)), python=_plain(random.getstate()))
     if torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state_all()
     return state
 
-# %% ../../nbs/00_common/07_randomness.ipynb #97e804bb
+# %% ../../nbs/00_common/07_randomness.ipynb #133e0c1c
 def set_rng_state(
     state:Mapping # As `rng_state` returned it, perhaps in another process
 )->None:
-    "Put the states of all global generators back, as far as this machine has them."
+    "Put the states of all global generators back."
     import numpy as np
-    version,words,spare = state['python']
-    random.setstate((version, tuple(words.tolist()), spare))
-    bits = {k: v.numpy().astype(np.uint32) if isinstance(v, Tensor) else v for k,v in state['numpy']['state'].items()}
-    np.random.set_state({**state['numpy'], 'state': bits})
-    torch.default_generator.set_state(state['torch'])
-    if torch.cuda.is_available():
+    try:
+        version,words,spare = state['python']
+        random.setstate((version, tuple(words), spare))
+        np.random.set_state(state['numpy'])
+        torch.default_generator.set_state(state['torch'])
         for i,o in enumerate(state.get('cuda', ())[:torch.cuda.device_count()]): torch.cuda.set_rng_state(o, i)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise CheckpointError(f"The state of the random generators cannot be put back: {type(e).__name__}: {e}. Was the checkpoint written by another program?") from e
