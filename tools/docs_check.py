@@ -22,7 +22,10 @@ def prepare(n_workers):
     nbdev.quarto.refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     nbdev.quarto.nbdev_sidebar.__wrapped__()
-    return proc_nbs(n_workers=n_workers, force=True)
+    try: return proc_nbs(n_workers=n_workers, force=True)
+    except Exception as e:
+        first = re.search(r'^\w+(?:Error|Exception)\b.*', str(e.__cause__), re.M)
+        sys.exit(f'ERROR {e}\n{first[0] if first else ""}\nFor the documentation nbdev runs imports, exported cells and `show_doc` of a notebook, and no other cells.')
 
 def output_md(o, directives, picture):
     "Markdown of one saved output; `picture(suffix, bytes)` keeps an image and says under which name."
@@ -131,7 +134,7 @@ def main():
     parser.add_argument('--workers', type=int, default=2, help='processes that prepare notebooks')
     args = parser.parse_args()
     os.chdir(ROOT)
-    os.environ['PYTHONPATH'] = str(ROOT)   # this checkout, whatever is installed
+    sys.path.insert(0, str(ROOT))   # this checkout's package, whatever is installed; nbdev's processes take the path over
     from nbdev.config import get_config
     cfg = get_config()
     site = Site(prepare(args.workers), args.out.resolve(), f"{cfg['doc_host']}{cfg['doc_baseurl']}/")
