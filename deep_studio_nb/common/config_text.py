@@ -18,17 +18,18 @@ YAML_RULES = dict(
     float=r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", merge="<<")
 
 def yaml_rules(
-    base:type # A loader or a dumper of PyYAML
+    base:type, # A loader or a dumper of PyYAML
+    **more # Other attributes of the subclass
 )->type: # A subclass, `base` itself stays as it is
-    "Give `base` the scalars of YAML 1.2 in place of those of 1.1."
-    cls = type(f"{base.__name__}12", (base,), {"yaml_implicit_resolvers": {}})
+    "Give `base` the scalars of YAML 1.2, besides those that it has."
+    cls = type(f"{base.__name__}12", (base,), more)
     for tag,rule in YAML_RULES.items(): cls.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({rule})$"), None)
     return cls
 
 @cache
 def _yaml_loader()->type:
     import yaml
-    return yaml_rules(yaml.SafeLoader)
+    return yaml_rules(yaml.SafeLoader, yaml_implicit_resolvers={})
 
 # %% ../../nbs/00_common/04b_config_text.ipynb #5b1d2fdb
 def _number(s:str)->int: return int(s) if s.lstrip("+-").isdigit() else int(s, 0)

@@ -85,10 +85,10 @@ def _at_type(path:KeyPath, spec:str|dict)->KeyPath: return path if isinstance(sp
 
 def _name_problem(doc:Document, path:KeyPath, name:str, registry:Registry)->Problem:
     known = registry.known()
-    libs = f", or a name from {listed(registry.libraries)}" if registry.libraries else ""
+    wanted = [f"one of {listed(registry.names(), 12)}"]*(len(registry)>0) + [f"a name from {listed(registry.libraries)}"]*bool(registry.libraries)
     hint = did_you_mean(name, known).removeprefix(", ")
     if not hint: hint = f"to add your own write it with @{registry.variable}.register and name its module under `imports`"
-    return Problem(doc.place(path), dotted(path), f"`{name}`, which is not the name of a {registry.kind}", f"one of {listed(registry.names(), 12)}{libs}", hint)
+    return Problem(doc.place(path), dotted(path), f"`{name}`, which is not the name of a {registry.kind}", ", or ".join(wanted), hint)
 
 # %% ../../nbs/00_common/05a_parts.ipynb #6188c0da
 def _arg_problem(doc:Document, path:KeyPath, name:str, args:Mapping, p:ArgProblem)->Problem:

@@ -43,8 +43,8 @@ def excerpt(
 
 # %% ../../nbs/00_common/04a_problems.ipynb #9f5613a9
 def _written(place:Place, key:str)->int:
-    "Count the characters that the last part of `key` takes at `place`, quotes included; 1 if something else is there."
-    found = re.match(rf"[\"']?{re.escape(key.rpartition('.')[2])}[\"']?", place.text[max(place.column-1, 0):])
+    "Count the characters that `key`, or its last part, takes at `place`, quotes included; 1 if something else is there."
+    found = re.match(rf"{re.escape(key)}|[\"']?{re.escape(key.rpartition('.')[2])}[\"']?", place.text[max(place.column-1, 0):])
     return max(1, len(found[0])) if found else 1
 
 @dataclass(frozen=True)
