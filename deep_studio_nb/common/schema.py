@@ -180,7 +180,9 @@ def _problem(doc:Document, path:KeyPath, kind:str, value:Any)->Problem:
     "Translate one of pydantic's errors."
     place,key = doc.place(path),dotted(path)
     t,limits = _type_at(path)
-    if kind=="extra_forbidden": return Problem(place, key, "a key that nothing reads", f"one of {listed(_keys(_type_at(path[:-1])[0]), 30)}", _key_hint(path))
+    if kind=="extra_forbidden":
+        hint = _key_hint(path)
+        return Problem(place, key, "a key that nothing reads", "" if "did you mean" in hint else f"one of {listed(_keys(_type_at(path[:-1])[0]), 30)}", hint)
     if kind=="missing": return Problem(place if path[:-1] else Place(place.file), key, "nothing, and there is no default", wanted_words(t, limits))
     return Problem(place, key, found_words(value), wanted_words(t, limits), _value_hint(value, t))
 
