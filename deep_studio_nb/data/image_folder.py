@@ -7,7 +7,6 @@ __all__ = ['find_splits', 'ImageFolder']
 
 # %% ../../nbs/10_data/13_image_folder.ipynb #8ff82089
 import os, unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from .image_files import IMAGE_SUFFIXES, BadFile, find_bad, guess_mode, is_hidde
 from .samples import BaseDataset, natural_key
 from .transforms import ToTensor
 
-# %% ../../nbs/10_data/13_image_folder.ipynb #95c15c26
+# %% ../../nbs/10_data/13_image_folder.ipynb #849a24a8
 _ALIASES = dict(train=('train','training'), valid=('valid','val','validation','dev'), test=('test','testing'))
 
 def _folders(where):
     "Folders in `where` that a person made, in natural order."
     return sorted((o for o in where.iterdir() if o.is_dir() and not is_hidden(o.name)), key=lambda o: natural_key(o.name))
 
+# %% ../../nbs/10_data/13_image_folder.ipynb #d7267f4c
 def find_splits(
     data_dir:str|Path # Folder of the data
 )->dict[str,Path]: # Split -> its folder; empty when the data is not laid out by split
@@ -41,7 +41,7 @@ def find_splits(
     if not by_split and len(res)<len(_folders(data_dir)): return {}   # classes, one of which is called "train" or "test"
     return res
 
-# %% ../../nbs/10_data/13_image_folder.ipynb #3ec53e3e
+# %% ../../nbs/10_data/13_image_folder.ipynb #3142795a
 def _class_name(folder): return unicodedata.normalize('NFC', folder.name)
 
 def _find_classes(root):
@@ -52,6 +52,7 @@ def _find_classes(root):
     hint = f" There are {len(loose)} images directly in it, for example `{loose[0].name}`: put those of each class into a folder named after the class." if loose else ''
     raise DataError(f"`{root}` holds no class folders. What is wanted: `{root.name}/<class>/<image>.jpg`, one folder a class.{hint}")
 
+# %% ../../nbs/10_data/13_image_folder.ipynb #a892fbb1
 def _find_files(root, classes):
     "Images below `root` and their labels, and the files that are no images."
     files,labels,others = [],[],[]
@@ -64,9 +65,7 @@ def _find_files(root, classes):
         others += rest
     return files,labels,others
 
-# %% ../../nbs/10_data/13_image_folder.ipynb #a5d8cc35
-_log = get_logger('data')
-
+# %% ../../nbs/10_data/13_image_folder.ipynb #3da3ef75
 @DATASETS.register
 class ImageFolder(BaseDataset):
     "Images in folders named after their class."
@@ -97,33 +96,39 @@ class ImageFolder(BaseDataset):
         return read_image(self.files[i], self.mode),self.labels[i]
 
 # %% ../../nbs/10_data/13_image_folder.ipynb #2088dfc5
+_log = get_logger('data')
+
+def _nothing(root, others):
+    "Say that `root` holds no images, and what it holds instead."
+    seen = f" It holds {listed(o.name for o in others)}." if others else ''
+    return DataError(f"There are no images in the folders of `{root}`.{seen} Files that count have one of the suffixes {' '.join(sorted(IMAGE_SUFFIXES))}.")
+
 @patch
 def _read(self:ImageFolder, split):
     "List the files of `split`, which has to have some."
     if split not in self._splits: raise DataError(f"`{self.data_dir}` has no {split} split: it has {listed(o.name for o in self._splits.values())}.")
     root,self.stage = self._splits[split],split
     self.files,self.labels,self.others = _find_files(root, self.classes)
-    if not self.files:
-        seen = f" It holds {listed(o.name for o in self.others)}." if self.others else ''
-        raise DataError(f"There are no images in the folders of `{root}`.{seen} Files that count have one of the suffixes {' '.join(sorted(IMAGE_SUFFIXES))}.")
-    counts = Counter(self.labels)
-    missing = [o for i,o in enumerate(self.classes) if i not in counts]
+    if not self.files: raise _nothing(root, self.others)
+    present = set(self.labels)
+    missing = [o for i,o in enumerate(self.classes) if i not in present]
     if missing: _log.warning("The %s split has no images of %s.", split, listed(missing))
     if self.others: _log.info("%s of the files in `%s` are no images, for example `%s`; they are passed over.", len(self.others), root, self.others[0].name)
 
-# %% ../../nbs/10_data/13_image_folder.ipynb #12afa257
+# %% ../../nbs/10_data/13_image_folder.ipynb #aa93f360
 @patch
 def split(self:ImageFolder,
     name:str # "train", "valid" or "test"
 )->ImageFolder|None: # That split in its own stage, or None when there is none
     "Give the split `name` of this folder."
-    if name==self.stage and name=='train': return self
+    if name==self.stage=='train': return self
     if name not in self._splits: return None
     res = self.using(name)
     res._read(name)
     if self._checked: res.check()
     return res
 
+# %% ../../nbs/10_data/13_image_folder.ipynb #19891203
 @patch
 def subset(self:ImageFolder,
     indices:Sequence[int] # Numbers of the images to keep, in the order wanted
@@ -156,15 +161,17 @@ def _content(self:ImageFolder)->Iterable[bytes]:
     yield repr((self.classes, self.mode)).encode()
     for i,o in enumerate(self.files): yield f'{self.sample_id(i)}\t{self.labels[i]}\t{os.path.getsize(o)}\n'.encode()
 
-# %% ../../nbs/10_data/13_image_folder.ipynb #bb642af9
+# %% ../../nbs/10_data/13_image_folder.ipynb #7a822a4a
 def _told(bad, n, root):
     "Say which of the `n` files below `root` are bad, and why."
     some = '; '.join(f'`{o.path.relative_to(root).as_posix()}`: {o.reason}' for o in bad[:5])
     return f"{len(bad)} of {n} files of `{root.name}` cannot be read: {some}{'; ...' if len(bad)>5 else '.'}"
 
+# %% ../../nbs/10_data/13_image_folder.ipynb #6546b4b9
 @patch
 def check(self:ImageFolder)->list[BadFile]: # The files left out, and why
     "Decode every image and leave out those that cannot be read."
+    if len(self)>5000: _log.info("All %s images of `%s` are decoded once, to find bad files.", len(self), self.data_dir)
     bad,self._checked = find_bad(self.files),True
     if not bad: return bad
     text = _told(bad, len(self), self.data_dir)

@@ -7,7 +7,6 @@ __all__ = ['PlainDataset', 'as_dataset']
 
 # %% ../../nbs/10_data/15_plain_datasets.ipynb #ba549a35
 from typing import Any
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 from ..common.errors import DataError
@@ -45,8 +44,10 @@ class PlainDataset(BaseDataset):
         return ys if hasattr(ys, '__len__') and len(ys)==len(self) else None
 
     @property
-    def gather(self): return self._gather if isinstance(self.source, TensorDataset) else None
-    def _gather(self, idx): return tuple(o[idx] for o in self.source.tensors)
+    def gather(self):
+        "Pick a whole batch, when the dataset is a `TensorDataset`."
+        return self._gather if isinstance(self.source, TensorDataset) else None
+    def _gather(self, idx): return tuple(o.index_select(0, idx.to(o.device)) for o in self.source.tensors)
 
 # %% ../../nbs/10_data/15_plain_datasets.ipynb #2e34e987
 def as_dataset(

@@ -44,14 +44,14 @@ STAGES = 'train','valid','test'
 def _check_stage(stage):
     if stage not in STAGES: raise DataError(f"`stage` is {stage!r}{did_you_mean(str(stage), STAGES) or '.'} It is one of {listed(STAGES)}.")
 
-# %% ../../nbs/10_data/10_samples.ipynb #a0bb6d3e
+# %% ../../nbs/10_data/10_samples.ipynb #a1e4686c
 class BaseDataset(Dataset):
     "Samples by number: derive from it and write `__len__` and `load`."
-    classes:Sequence[str]|None = None # Names of the classes in label order, or None
-    kind:str = 'values'               # What an input is: "image", "values", ...
+    classes:Sequence[str]|None = None  # Names of the classes in label order, or None
+    kind:str = 'values'                # What an input is: "image", "values", ...
     transforms:dict[str,Callable] = {} # Stage -> function of the raw input
-    stage:str = 'train'               # Which transform is in use
-    gather:Callable|None = None       # Data in memory: a method that returns a whole batch for (b,) indices
+    stage:str = 'train'                # Which transform is in use
+    gather:Callable|None = None        # Data in memory: a method that returns a whole batch for (b,) indices
 
     def load(self,
         i:int # Number of the sample, from 0
@@ -59,23 +59,26 @@ class BaseDataset(Dataset):
         "Load sample `i` without any transform."
         raise NotImplementedError(f"`{type(self).__name__}` has to write `load(self, i)`, which returns the input and the target of sample `i`.")
 
-    @property
-    def transform(self)->Callable|None:
-        "The transform of this stage; the test stage uses that of `valid` when it has none."
-        return self.transforms.get(self.stage) or (self.transforms.get('valid') if self.stage=='test' else None)
+# %% ../../nbs/10_data/10_samples.ipynb #66e81ef0
+@patch(as_prop=True)
+def transform(self:BaseDataset)->Callable|None:
+    "The transform of this stage; the test stage uses that of `valid` when it has none."
+    return self.transforms.get(self.stage) or (self.transforms.get('valid') if self.stage=='test' else None)
 
-    def __getitem__(self, i:int)->tuple:
-        "Load sample `i` and transform its input; an `Index` makes both repeatable."
-        if not hasattr(i, 'draw'): return self._sample(i)
-        with seeded(i.draw): return self._sample(int(i))
+@patch
+def _sample(self:BaseDataset, i):
+    if not -len(self)<=i<len(self): raise IndexError(f"Sample {i} is asked for, but there are {len(self)}.")
+    item = self.load(i%len(self))
+    if self.transform is None: return item
+    return (self.transform(item[0]), *item[1:]) if isinstance(item, (tuple,list)) else self.transform(item)
 
-    def _sample(self, i):
-        if not -len(self)<=i<len(self): raise IndexError(f"Sample {i} is asked for, but there are {len(self)}.")
-        item = self.load(i%len(self))
-        if self.transform is None: return item
-        return (self.transform(item[0]), *item[1:]) if isinstance(item, (tuple,list)) else self.transform(item)
+# %% ../../nbs/10_data/10_samples.ipynb #26c936e7
+@patch
+def __getitem__(self:BaseDataset, i:int)->tuple:
+    if not hasattr(i, 'draw'): return self._sample(i)
+    with seeded(i.draw): return self._sample(int(i))
 
-# %% ../../nbs/10_data/10_samples.ipynb #54d58685
+# %% ../../nbs/10_data/10_samples.ipynb #406b33d7
 @patch
 def using(self:BaseDataset,
     stage:str # "train", "valid" or "test"
@@ -86,6 +89,7 @@ def using(self:BaseDataset,
     res.stage = stage
     return res
 
+# %% ../../nbs/10_data/10_samples.ipynb #6b33344a
 @patch
 def with_transforms(self:BaseDataset,
     transforms:dict[str,Callable] # Stage -> function of the raw input; stages left out keep theirs
@@ -96,7 +100,7 @@ def with_transforms(self:BaseDataset,
     res.transforms = {**self.transforms, **transforms}
     return res
 
-# %% ../../nbs/10_data/10_samples.ipynb #810974c0
+# %% ../../nbs/10_data/10_samples.ipynb #bdb1c75e
 class Subset(BaseDataset):
     "Chosen samples of another dataset."
     def __init__(self,
@@ -108,22 +112,7 @@ class Subset(BaseDataset):
 
     def __len__(self): return len(self.indices)
     def load(self, i): return self.source.load(int(self.indices[i]))
-    def split(self, name): return self if name=='train' else self.source.split(name)
-    def sample_id(self, i): return self.source.sample_id(int(self.indices[i]))
-    def _whole(self): return self.source.using(self.stage).with_transforms(self.transforms)
-    def decode(self, x): return self._whole().decode(x)
-    def facts(self): return self._whole().facts()
-    def target_name(self, y): return self.source.target_name(y)
 
-    def targets(self):
-        ys = self.source.targets()
-        return None if ys is None else [ys[i] for i in self.indices.tolist()]
-
-    @property
-    def gather(self): return None if self.source.gather is None else self._gather
-    def _gather(self, idx): return self.source.gather(self.indices[idx])
-
-# %% ../../nbs/10_data/10_samples.ipynb #8442ceba
 @patch
 def subset(self:BaseDataset,
     indices:Sequence[int] # Numbers of the samples to keep, in the order wanted
@@ -131,7 +120,16 @@ def subset(self:BaseDataset,
     "View some samples of this dataset."
     return Subset(self, indices)
 
-# %% ../../nbs/10_data/10_samples.ipynb #8fd91e4b
+# %% ../../nbs/10_data/10_samples.ipynb #daf39ae5
+@patch(as_prop=True)
+def gather(self:Subset)->Callable|None:
+    "Pick a whole batch, when the source can."
+    return None if self.source.gather is None else self._gather
+
+@patch
+def _gather(self:Subset, indices): return self.source.gather(self.indices.index_select(0, indices))
+
+# %% ../../nbs/10_data/10_samples.ipynb #d53eb3a4
 @patch
 def split(self:BaseDataset,
     name:str # "train", "valid" or "test"
@@ -140,6 +138,12 @@ def split(self:BaseDataset,
     _check_stage(name)
     return self if name=='train' else None
 
+@patch
+def check(self:BaseDataset)->list: # What was found and left out; nothing for data that cannot be bad
+    "Find samples that cannot be read and leave them out."
+    return []
+
+# %% ../../nbs/10_data/10_samples.ipynb #dd536adb
 @patch
 def sample_id(self:BaseDataset,
     i:int # Number of the sample, from 0
@@ -153,11 +157,6 @@ def targets(self:BaseDataset)->Sequence|None: # One target a sample, or None whe
     return None
 
 @patch
-def check(self:BaseDataset)->list: # What was found and left out; nothing for data that cannot be bad
-    "Find samples that cannot be read and leave them out."
-    return []
-
-@patch
 def target_name(self:BaseDataset,
     y:Any # A target or a predicted label
 )->str: # The class name, or the value in short
@@ -165,6 +164,21 @@ def target_name(self:BaseDataset,
     if hasattr(y, 'tolist'): y = y.tolist()
     if self.classes is not None and isinstance(y, int): return self.classes[y]
     return f'{y:.4g}' if isinstance(y, float) else str(y)
+
+# %% ../../nbs/10_data/10_samples.ipynb #af1556ed
+@patch
+def sample_id(self:Subset, i:int)->str: return self.source.sample_id(int(self.indices[i]))
+
+@patch
+def targets(self:Subset)->Sequence|None:
+    ys = self.source.targets()
+    return None if ys is None else [ys[i] for i in self.indices.tolist()]
+
+@patch
+def target_name(self:Subset, y:Any)->str: return self.source.target_name(y)
+
+@patch
+def split(self:Subset, name:str)->BaseDataset|None: return self if name=='train' else self.source.split(name)
 
 # %% ../../nbs/10_data/10_samples.ipynb #842d01a8
 @patch
@@ -198,6 +212,16 @@ def decode(self:BaseDataset,
     if self.kind=='image' and x.dim()==3: return _unnormalize(x.detach().float().cpu(), self.transform).clamp(0, 1)
     return ', '.join(f'{o:.3g}' for o in x.flatten()[:8].tolist()) + (', ...' if x.numel()>8 else '')
 
+# %% ../../nbs/10_data/10_samples.ipynb #fab7ffa5
+@patch
+def _whole(self:Subset): return self.source.using(self.stage).with_transforms(self.transforms)
+
+@patch
+def facts(self:Subset)->dict[str,Any]: return self._whole().facts()
+
+@patch
+def decode(self:Subset, x:Any)->Tensor|str: return self._whole().decode(x)
+
 # %% ../../nbs/10_data/10_samples.ipynb #0aa71a2d
 @patch
 def _content(self:BaseDataset)->Iterable[bytes]:
@@ -205,6 +229,11 @@ def _content(self:BaseDataset)->Iterable[bytes]:
     ys = self.targets()
     yield repr((type(self).__name__, len(self), list(self.classes or ()))).encode()
     for i in range(len(self)): yield f'{self.sample_id(i)}\t{"" if ys is None else self.target_name(ys[i])}\n'.encode()
+
+@patch
+def _content(self:Subset):
+    yield self.source.fingerprint().encode()
+    yield self.indices.numpy().tobytes()
 
 @patch
 def fingerprint(self:BaseDataset)->str: # 64 hexadecimal digits

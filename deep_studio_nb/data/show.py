@@ -7,7 +7,6 @@ __all__ = ['show_batch']
 
 # %% ../../nbs/10_data/16_show.ipynb #4330c70b
 from typing import TYPE_CHECKING, Any
-import torch
 from torch import Tensor
 from ..common.errors import DataError
 from ..common.pictures import image_grid, new_picture
@@ -15,16 +14,16 @@ from .samples import BaseDataset, Samples
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
-# %% ../../nbs/10_data/16_show.ipynb #a41a3e16
+# %% ../../nbs/10_data/16_show.ipynb #339be4d2
 class _Bare(BaseDataset):
     "What is known of a batch that comes alone."
-    kind = 'image'
     def decode(self, x):
         if not isinstance(x, Tensor) or x.dim()!=3 or x.shape[0] not in (1,3): return super().decode(x)
         x = x.detach().float().cpu()
         low,high = x.min(),x.max()
         return x if 0<=low and high<=1 else (x-low)/(high-low).clamp(min=1e-8)
 
+# %% ../../nbs/10_data/16_show.ipynb #8f410e5d
 def _unbatch(batch, n):
     "Take the first `n` samples out of a collated `batch`."
     if isinstance(batch, Tensor): batch = (batch,)
@@ -37,12 +36,11 @@ def _look(source, n):
     if isinstance(source, BaseDataset):
         n = min(n, len(source))
         return Samples(source, [i*len(source)//n for i in range(n)]),source
-    if not isinstance(source, (tuple,list,Tensor)):
-        ds = getattr(source, 'dataset', None)
-        return _unbatch(next(iter(source)), n),ds if isinstance(ds, BaseDataset) else _Bare()
-    return _unbatch(source, n),_Bare()
+    if isinstance(source, (tuple,list,Tensor)): return _unbatch(source, n),_Bare()
+    ds = getattr(source, 'dataset', None)
+    return _unbatch(next(iter(source)), n),ds if isinstance(ds, BaseDataset) else _Bare()
 
-# %% ../../nbs/10_data/16_show.ipynb #0ffeead0
+# %% ../../nbs/10_data/16_show.ipynb #bfb28b35
 def _table(rows):
     "Draw `rows` of (input, target) as text."
     fig = new_picture(7, 0.26*len(rows)+0.5)
@@ -53,6 +51,7 @@ def _table(rows):
             ax.text(at, 1-(k+0.6)/(len(rows)+1), text, size=9, va='center', weight='bold' if not k else None)
     return fig
 
+# %% ../../nbs/10_data/16_show.ipynb #a842911d
 def show_batch(
     source:Any, # A loader, a dataset, or a batch: tensors (b, ...), the last one the targets
     n:int=16, # Samples to show, at most

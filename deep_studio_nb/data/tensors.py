@@ -64,6 +64,7 @@ def gather(self:Tensors,
     indices:Tensor # (b,) numbers of samples
 )->tuple[Tensor,...]: # (b, ...) inputs, and (b, ...) targets when there are some
     "Pick a whole batch."
+    indices = indices.to(self.x.device)
     x = self.x.index_select(0, indices)
     if x.dtype==torch.uint8: x = x.float().div_(255)
     return (x,) if self.y is None else (x,self.y.index_select(0, indices))
