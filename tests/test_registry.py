@@ -82,6 +82,14 @@ def test_an_instance_needs_a_name(parts):
     with pytest.raises(ConfigError, match=r'PARTS.register\("name"\)'): parts.register(layer)
     assert parts.register('act')(layer) is layer and parts.get('act') is layer
 
+PARTIAL = "from functools import partial\ndef add(parts): parts.register('sum')(partial(sum, start={k}))\n"
+
+def test_a_part_made_on_the_spot_belongs_to_the_module_that_registers_it(parts, module):
+    module('one', PARTIAL.format(k=1)).add(parts)
+    module('one', PARTIAL.format(k=2)).add(parts)
+    assert parts.get('sum').keywords=={'start': 2}
+    with pytest.raises(NameTaken, match='another comes from two'): module('two', PARTIAL.format(k=2)).add(parts)
+
 def test_temporary_registrations_end_with_an_error_too(parts):
     with pytest.raises(KeyError):
         with parts.temporary():

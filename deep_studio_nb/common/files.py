@@ -12,10 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from .errors import RunError
 
-# %% ../../nbs/00_common/03_files.ipynb #3c1b0e46
-_FULL = (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# %% ../../nbs/00_common/03_files.ipynb #117bcca5
+_FULL = 'the disk, or your share of it, is full ({free}). Free some space, or choose another folder'
+_REFUSED = 'you may not write in `{folder}`. Choose another folder, or change its permissions'
+_NO_FOLDER = 'a part of `{folder}` is a file, not a folder. Choose another folder'
+_REASONS = {errno.ENOSPC: _FULL, getattr(errno, 'EDQUOT', errno.ENOSPC): _FULL, errno.EACCES: _REFUSED, errno.EPERM: _REFUSED, errno.EROFS: _REFUSED,
+            errno.ENOTDIR: _NO_FOLDER, errno.EEXIST: _NO_FOLDER, errno.EISDIR: 'there is a folder of that name. Choose another name', errno.ENAMETOOLONG: 'the name is too long. Choose a shorter one'}
 
+# %% ../../nbs/00_common/03_files.ipynb #35f3e3a5
 def _free(path:Path)->str:
     "Say how much room is left where `path` lies."
     try: return f"{shutil.disk_usage(path.parent).free/2**20:.0f} MiB are free"
@@ -23,13 +27,8 @@ def _free(path:Path)->str:
 
 def _explain(e:OSError, path:Path)->RunError:
     "Say in words why `path` cannot be written, and what to do."
-    if e.errno in _FULL: why = f"the disk, or your share of it, is full ({_free(path)}). Free some space, or choose another folder"
-    elif e.errno in _REFUSED: why = f"you may not write in `{path.parent}`. Choose another folder, or change its permissions"
-    elif e.errno in (errno.ENOTDIR, errno.EEXIST): why = f"a part of `{path.parent}` is a file, not a folder. Choose another folder"
-    elif e.errno==errno.EISDIR: why = 'there is a folder of that name. Choose another name'
-    elif e.errno==errno.ENAMETOOLONG: why = 'the name is too long. Choose a shorter one'
-    else: why = f"{e.strerror or e}"
-    return RunError(f"`{path}` could not be written: {why}.")
+    reason = _REASONS.get(e.errno, '{system}')
+    return RunError(f"`{path}` could not be written: {reason.format(free=_free(path), folder=path.parent, system=e.strerror or e)}.")
 
 # %% ../../nbs/00_common/03_files.ipynb #58837437
 def _sync(path:Path)->None:
@@ -42,7 +41,7 @@ def _beside(path:Path)->Path:
     "Invent a hidden name in the folder of `path`, with the same suffix."
     return path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}{path.suffix}")
 
-# %% ../../nbs/00_common/03_files.ipynb #42fdf017
+# %% ../../nbs/00_common/03_files.ipynb #cefbc660
 @contextmanager
 def atomic_path(
     path:str|Path # Where the file shall be; missing folders are made
@@ -63,6 +62,7 @@ def atomic_path(
     finally:
         with suppress(OSError): draft.unlink()  # after success it is gone already
 
+# %% ../../nbs/00_common/03_files.ipynb #63359e02
 def _is_ours(e:OSError, path:Path)->bool:
     "Tell whether `e` is about writing `path`, not about another file that the block reads."
     return e.filename is None or Path(os.fspath(e.filename)).parent==path.parent or Path(os.fspath(e.filename)) in path.parents

@@ -114,7 +114,7 @@ def _as_array(image:object)->np.ndarray:
     if getattr(image, 'mode', 'L') not in ('L', 'RGB', 'RGBA'): image = image.convert('RGBA' if 'A' in image.getbands() else 'RGB')
     return np.asarray(image)
 
-# %% ../../nbs/00_common/09b_pictures.ipynb #1698ab10
+# %% ../../nbs/00_common/09b_pictures.ipynb #e27c9f33
 def image_grid(
     images:Iterable, # Whatever `as_pixels` takes; a tensor (b, c, h, w) is a batch of them
     titles:Sequence[str]|None=None, # One an image
@@ -135,6 +135,7 @@ def image_grid(
     _fill(fig, arrays, titles, colors, rows, cols, 0.16*lines/(size*tall + 0.16*lines))
     return fig
 
+# %% ../../nbs/00_common/09b_pictures.ipynb #1a9fdc2e
 def _fill(fig:Figure, arrays:list, titles:Sequence|None, colors:Sequence|None, rows:int, cols:int, head:float)->None:
     "Place each array in its cell; `head` is the share of a cell that the title takes."
     for i,o in enumerate(arrays):

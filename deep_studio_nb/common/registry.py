@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'LOADERS', 'TRANSFORMS', 'MODELS', 'LOSSES', 'METRICS', '
            'TRACKERS', 'TRAINERS', 'REGISTRIES', 'Registry']
 
 # %% ../../nbs/00_common/02b_registry.ipynb #558d9376
-import inspect
+import inspect, sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +27,7 @@ class Registry:
         accepts:Callable[[object],bool]=inspect.isclass, # Which attributes of `libraries` are such parts
     ):
         self.kind,self.libraries,self.keeps_functions,self.accepts = kind,tuple(libraries),keeps_functions,accepts
-        self._parts = {}
+        self._parts,self._homes = {},{}
     @property
     def variable(self)->str:
         "Return the registry's own name, in capital letters."
@@ -62,12 +62,18 @@ def register(self:Registry,
 def _add(self:Registry, name:str, part:object)->object:
     "Keep `part` under `name`, unless the name stands for something else."
     if not callable(part): raise ConfigError(f"`{name}` is {part!r}, which cannot be called. Register a class or a function.")
-    old = self._parts.get(name)
-    if old is not None and not same_part(old, part):
-        raise NameTaken(f"`{name}` is already a {self.kind}, from {place_of(old)}; another comes from {place_of(part)}. "
+    old,home,unnamed = self._parts.get(name), _caller(), not hasattr(part, '__qualname__')
+    if old is not None and not same_part(old, part) and not (unnamed and self._homes[name]==home):
+        raise NameTaken(f"`{name}` is already a {self.kind}, from {place_of(old)}; another comes from {home if unnamed else place_of(part)}. "
                         f"Give one of them a name of its own: @{self.variable}.register(\"...\").")
-    self._parts[name] = part
+    self._parts[name],self._homes[name] = part,home
     return part
+
+def _caller()->str:
+    "Name the module from which this one was called."
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals is globals(): frame = frame.f_back
+    return frame.f_globals.get('__name__', '')
 
 # %% ../../nbs/00_common/02b_registry.ipynb #93bb8b06
 @patch
@@ -118,7 +124,7 @@ def __repr__(self:Registry)->str: return f"{self.variable}: {listed(self.names()
 def _repr_markdown_(self:Registry)->str:
     "Make a table of the registered parts."
     def row(name, o):
-        sig,doc = signature_of(o), (inspect.getdoc(o) or '').partition('\n')[0].replace('|', '\\|')
+        sig,doc = signature_of(o), inspect.cleandoc(o.__doc__ or '').partition('\n')[0].replace('|', '\\|')
         return f"| `{name}` | {' '.join(f'`{k}`' for k in sig.parameters) if sig else ''} | {doc} |"
     libraries = f"\n\nand what is in {listed(self.libraries)}" if self.libraries else ''
     return '\n'.join([f"| {self.kind} | takes | what it does |", '|---|---|---|', *(row(k, self._parts[k]) for k in self)]) + libraries

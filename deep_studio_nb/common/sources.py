@@ -72,5 +72,6 @@ def same_part(
     b:object # Another, perhaps
 )->bool: # True for the same object, the same place, or the same text
     "Tell whether `b` is `a` written again."
-    def home(o): return getattr(o, '__module__', None), getattr(o, '__qualname__', type(o).__qualname__)
-    return a is b or home(a)==home(b) or (source_of(a) is not None and source_of(a)==source_of(b))
+    if a is b or not (hasattr(a, '__qualname__') and hasattr(b, '__qualname__')): return a is b
+    if (a.__module__, a.__qualname__)==(b.__module__, b.__qualname__): return True
+    return source_of(a) is not None and source_of(a)==source_of(b)
