@@ -76,8 +76,11 @@ def run_notebook(send, path, flags):
             self.last = cell
             return super().cell(cell, *args, **kwargs)
     nbdev.test.CaptureShell = Shell
-    passed, _ = nbdev.test.test_nb(path, get_config().tst_flags.split(), flags, showerr=False, basepath=ROOT)
-    send.send(None if passed else describe(path, shells[-1].last, shells[-1].exc))
+    try:
+        passed, _ = nbdev.test.test_nb(path, get_config().tst_flags.split(), flags, showerr=False, basepath=ROOT)
+        report = None if passed else describe(path, shells[-1].last, shells[-1].exc)
+    except Exception: report = f'{path.name} could not be run:\n{traceback.format_exc()}'   # no notebook, or gone by now
+    send.send(report)
     send.close()
 
 def describe(path, cell, error):
