@@ -20,7 +20,8 @@ from .overrides import apply_overrides, interpolate, load_document, with_bases
 from .parts import import_modules, part_problems
 from .problems import Document, Problem, config_error
 from .registry import REGISTRIES
-from .schema import leaves, schema_problems, with_defaults
+from .schema import with_defaults
+from .schema_check import leaves, schema_problems
 
 # %% ../../nbs/00_common/06c_config.ipynb #892f608a
 class Config(Mapping):

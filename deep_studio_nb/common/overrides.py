@@ -6,7 +6,7 @@
 __all__ = ['merge', 'merge_documents', 'with_bases', 'load_document', 'read_override', 'apply_overrides', 'interpolate']
 
 # %% ../../nbs/00_common/06a_overrides.ipynb #77e6d020
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from .config_files import read_config_file
 from .config_text import read_yaml
 from .errors import ConfigError, did_you_mean, listed
 from .problems import Document, KeyPath, Place, Problem, config_error, dotted
-from .schema import found_words, leaves
+from .schema_check import found_words, leaves
 
 # %% ../../nbs/00_common/06a_overrides.ipynb #92e4122a
 def _as_part(value:Any, like:Any)->Any:
