@@ -85,6 +85,11 @@ def test_full_disk_when_syncing(tmp_path, monkeypatch, code):
     assert str(target) in str(e.value)
     assert target.read_text()=='old' and drafts(tmp_path)==[]
 
+def test_file_systems_that_cannot_sync(tmp_path, monkeypatch):
+    def cannot(handle): raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    monkeypatch.setattr(os, 'fsync', cannot)
+    assert write_text(tmp_path/'last.pt', 'new').read_text()=='new'
+
 def test_full_disk_when_writing(tmp_path):
     target = write_text(tmp_path/'last.pt', 'old')
     with pytest.raises(RunError, match='is full'):

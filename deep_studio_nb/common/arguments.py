@@ -72,9 +72,9 @@ class ArgProblem(str):
     "Describe one argument that cannot be used: a sentence, with its pieces as attributes."
     def __new__(cls,
         text:str, # The whole sentence
-        arg:str, # Name of the argument
-        found:str, # What was given
-        wanted:str, # What is taken
+        arg:str='', # Name of the argument
+        found:str='', # What was given
+        wanted:str='', # What is taken
         hint:str='' # The name that may have been meant, or nothing
     ):
         self = super().__new__(cls, text)

@@ -35,6 +35,8 @@ def _sync(path:Path)->None:
     "Push a file, or the list of names in a folder, to the disk."
     handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name=='posix' else os.O_RDWR)
     try: os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise  # some network file systems cannot
     finally: os.close(handle)
 
 def _beside(path:Path)->Path:
