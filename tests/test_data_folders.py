@@ -115,6 +115,16 @@ def test_splits_of_a_checked_folder_are_checked(tmp_path):
     assert len(BaseDataLoader(ds).split_validation().dataset) == 1
 
 
+def test_a_split_is_decoded_once(tmp_path, monkeypatch):
+    from deep_studio_nb.data import image_folder
+    ds, calls = ImageFolder(folder(tmp_path, {'train/a': 2, 'valid/a': 1})), []
+    monkeypatch.setattr(image_folder, 'find_bad', lambda files: calls.append(len(files)) or [])
+    ds.check()
+    loader = BaseDataLoader(ds, 2)
+    for _ in range(3): loader.split_validation()
+    assert calls == [2, 1]
+
+
 def test_a_file_that_vanished(tmp_path):
     ds = ImageFolder(folder(tmp_path, {'a': 2}))
     ds.files[0].unlink()

@@ -90,6 +90,20 @@ def test_starting_at_a_step_gives_the_rest_of_the_epoch(photos, workers):
         with pytest.raises(DataError, match='6 batches'): loader.start_at(bad)
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_iteration_left_in_the_middle_leaves_no_trace(photos, workers):
+    loader = BaseDataLoader(photos, 4, num_workers=workers, seed=5)
+    want = list(BaseDataLoader(photos, 4, seed=5))
+    for batch in loader: break
+    loader.set_epoch(0)
+    assert same(loader, want)
+    loader.set_epoch(0)
+    loader.start_at(2)
+    for batch in loader: break
+    loader.set_epoch(0)
+    assert same(loader, want)
+
+
 def test_skipped_samples_are_not_loaded():
     class Counting(NamedPairs):
         loaded = 0
@@ -240,6 +254,18 @@ def test_a_custom_collate_sees_the_samples(photos):
     loader = BaseDataLoader(photos, 4, collate_fn=lambda samples: [y for _, y in samples], validation_split=4)
     assert sorted(sum(map(list, loader), [])) == [0]*9 + [1]*9
     assert [len(b) for b in loader.split_validation()] == [4]
+
+
+def test_an_epoch_goes_on_after_an_error(tmp_path):
+    (tmp_path/'a').mkdir()
+    for i in range(4): Image.new('L', (4, 4), i).save(tmp_path/'a'/f'{i}.png')
+    ds = ImageFolder(tmp_path)
+    for workers in (0, 1):
+        (tmp_path/'a/2.png').write_bytes(b'')
+        loader = BaseDataLoader(ds, 2, False, num_workers=workers)
+        with pytest.raises(DataError): list(loader)
+        Image.new('L', (4, 4), 2).save(tmp_path/'a/2.png')
+        assert len(list(loader)) == 2
 
 
 def test_streams_are_refused():

@@ -23,7 +23,18 @@ def _deal(images, labels):
         mine.sort(key=lambda i: hashlib.sha256(images[i].tobytes()).digest())
         for k,i in enumerate(mine): yield ('test' if k<_HELD_OUT else 'valid' if k<2*_HELD_OUT else 'train'),label,i
 
-# %% ../../nbs/10_data/14_digits.ipynb #4e973f17
+# %% ../../nbs/10_data/14_digits.ipynb #a280d6dd
+def _draw(folder):
+    "Write all digits into `folder`."
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    raw = load_digits()
+    images = (raw.images*255/16).round().astype('uint8')
+    for split,label,i in _deal(images, raw.target):
+        to = folder/split/str(label)
+        to.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(to/f'{i:04}.png')
+
 def write_digits(
     data_dir:str|Path # Where the folder shall be
 )->Path: # The folder, complete
@@ -32,22 +43,16 @@ def write_digits(
     if (data_dir/'train').is_dir(): return data_dir
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
         raise DataError(f"`data_dir` is `{data_dir}`, which holds something else than the digits. Give a folder that is new or empty.")
-    from PIL import Image
-    from sklearn.datasets import load_digits
-    raw = load_digits()
-    images = (raw.images*255/16).round().astype('uint8')
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'.{data_dir.name}-', dir=data_dir.parent))
     try:
-        for split,label,i in _deal(images, raw.target):
-            to = part/split/str(label)
-            to.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[i]).save(to/f'{i:04}.png')
+        _draw(part)
         part.chmod(0o755)
         _move(part, data_dir)
     finally: shutil.rmtree(part, ignore_errors=True)
     return data_dir
 
+# %% ../../nbs/10_data/14_digits.ipynb #54000330
 def _move(part, data_dir):
     "Rename `part` to `data_dir`; another process may have been first."
     try: part.rename(data_dir)

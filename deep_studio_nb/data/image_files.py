@@ -40,7 +40,7 @@ def list_images(
     for o in sorted(found, key=natural_key): (images if os.path.splitext(o)[1].lower() in IMAGE_SUFFIXES else others).append(Path(o))
     return images,others
 
-# %% ../../nbs/10_data/11_image_files.ipynb #63666456
+# %% ../../nbs/10_data/11_image_files.ipynb #eef67e41
 def _upright(im):
     "Turn `im` as its EXIF note says."
     from PIL import ImageOps
@@ -59,6 +59,7 @@ def _to_8_bits(im):
     a = np.asarray(im).astype(np.int64)
     return Image.fromarray((a if a.max(initial=0)<256 else a>>8).clip(0, 255).astype(np.uint8))
 
+# %% ../../nbs/10_data/11_image_files.ipynb #6ffdee9f
 def convert_image(
     im:'PILImage', # Any picture
     mode:str='RGB' # "L" for grey, "RGB" for colour
@@ -69,7 +70,7 @@ def convert_image(
     elif im.has_transparency_data: im = _on_white(im)
     return _upright(im).convert(mode)
 
-# %% ../../nbs/10_data/11_image_files.ipynb #5eca1cfb
+# %% ../../nbs/10_data/11_image_files.ipynb #4d8d241f
 def _why(path, e):
     "Say in words why `path` cannot be read."
     from PIL import UnidentifiedImageError
@@ -82,6 +83,7 @@ def _why(path, e):
         with path.open('rb') as f: return f'it is not an image, it begins with {f.read(12)!r}'
     return f'it is damaged ({str(e) or type(e).__name__})'
 
+# %% ../../nbs/10_data/11_image_files.ipynb #e280e0c1
 def read_image(
     path:str|Path, # An image file
     mode:str='RGB' # "L" for grey, "RGB" for colour
@@ -111,7 +113,7 @@ def guess_mode(
     seen = Counter(_is_grey(o) for o in paths[::step])
     return 'L' if seen[True] and not seen[False] else 'RGB'
 
-# %% ../../nbs/10_data/11_image_files.ipynb #c8d0709b
+# %% ../../nbs/10_data/11_image_files.ipynb #4d2cd814
 @dataclass(frozen=True)
 class BadFile:
     "A file that cannot be read, and why."
@@ -119,6 +121,7 @@ class BadFile:
     reason:str # What is wrong, in words
     def __str__(self): return f'{self.path}: {self.reason}'
 
+# %% ../../nbs/10_data/11_image_files.ipynb #64ff0d1c
 def _try(path):
     "Decode `path` as cheaply as it can be done; a `BadFile` when that fails."
     from PIL import Image

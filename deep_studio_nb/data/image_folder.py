@@ -82,7 +82,7 @@ class ImageFolder(BaseDataset):
     ):
         if mode not in ('auto','L','RGB'): raise DataError(f"`mode` is {mode!r}. It is \"auto\", \"L\" for grey or \"RGB\" for colour.")
         if on_bad not in ('skip','raise'): raise DataError(f"`on_bad` is {on_bad!r}. It is \"skip\" or \"raise\".")
-        self.data_dir,self.on_bad = Path(data_dir),on_bad
+        self.data_dir,self.on_bad,self._listed = Path(data_dir),on_bad,{}
         self._splits = find_splits(data_dir) or dict(train=self.data_dir)
         first = self._splits.get('train') or self._splits.get(split)
         self.classes = list(classes) if classes is not None else _find_classes(first) if first else []
@@ -123,9 +123,12 @@ def split(self:ImageFolder,
     "Give the split `name` of this folder."
     if name==self.stage=='train': return self
     if name not in self._splits: return None
-    res = self.using(name)
-    res._read(name)
-    if self._checked: res.check()
+    res,key = self.using(name),(name,self._checked)
+    if key not in self._listed:
+        res._read(name)
+        if self._checked: res.check()
+        self._listed[key] = res.files,res.labels,res.others
+    res.files,res.labels,res.others = self._listed[key]
     return res
 
 # %% ../../nbs/10_data/13_image_folder.ipynb #19891203

@@ -6,7 +6,9 @@
 __all__ = ['PlainDataset', 'as_dataset']
 
 # %% ../../nbs/10_data/15_plain_datasets.ipynb #ba549a35
+from collections.abc import Callable, Sequence
 from typing import Any
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 from ..common.errors import DataError
@@ -38,16 +40,20 @@ class PlainDataset(BaseDataset):
         "Ask the dataset for its sample `i`."
         return self.source[i]
 
-    def targets(self):
-        "List the targets when the dataset keeps a list of them."
-        ys = getattr(self.source, 'targets', None)
-        return ys if hasattr(ys, '__len__') and len(ys)==len(self) else None
+# %% ../../nbs/10_data/15_plain_datasets.ipynb #cf81af40
+@patch
+def targets(self:PlainDataset)->Sequence|None: # One target a sample, or None when there is no such list
+    "List the targets when the dataset keeps a list of them."
+    ys = getattr(self.source, 'targets', None)
+    return ys if hasattr(ys, '__len__') and len(ys)==len(self) else None
 
-    @property
-    def gather(self):
-        "Pick a whole batch, when the dataset is a `TensorDataset`."
-        return self._gather if isinstance(self.source, TensorDataset) else None
-    def _gather(self, idx): return tuple(o.index_select(0, idx.to(o.device)) for o in self.source.tensors)
+@patch(as_prop=True)
+def gather(self:PlainDataset)->Callable|None:
+    "Pick a whole batch, when the dataset is a `TensorDataset`."
+    return self._gather if isinstance(self.source, TensorDataset) else None
+
+@patch
+def _gather(self:PlainDataset, indices): return tuple(o.index_select(0, indices.to(o.device)) for o in self.source.tensors)
 
 # %% ../../nbs/10_data/15_plain_datasets.ipynb #2e34e987
 def as_dataset(

@@ -172,7 +172,8 @@ def sample_id(self:Subset, i:int)->str: return self.source.sample_id(int(self.in
 @patch
 def targets(self:Subset)->Sequence|None:
     ys = self.source.targets()
-    return None if ys is None else [ys[i] for i in self.indices.tolist()]
+    if ys is None: return None
+    return ys[self.indices] if isinstance(ys, Tensor) else [ys[i] for i in self.indices.tolist()]
 
 @patch
 def target_name(self:Subset, y:Any)->str: return self.source.target_name(y)

@@ -16,7 +16,7 @@ from ..common.registry import TRANSFORMS
 from .image_files import convert_image
 from .samples import STAGES
 
-# %% ../../nbs/10_data/12_transforms.ipynb #4d885b59
+# %% ../../nbs/10_data/12_transforms.ipynb #49fcb36c
 def _pixels(x):
     "Give the pixels of a PIL picture or an array as a tensor (c, h, w)."
     import numpy as np
@@ -26,6 +26,7 @@ def _pixels(x):
     t = torch.from_numpy((x/65535).astype(np.float32) if x.dtype==np.uint16 else x)
     return t[None] if t.dim()==2 else t.permute(2,0,1).contiguous()
 
+# %% ../../nbs/10_data/12_transforms.ipynb #b4a087e5
 @TRANSFORMS.register
 class ToTensor:
     "Make a float tensor (c, h, w), 0 to 1, of a picture; leave float tensors as they are."
@@ -49,20 +50,23 @@ class Transforms:
         return x
     def __repr__(self): return f'Transforms({", ".join(getattr(o, "__name__", None) or repr(o) for o in self.steps)})'
 
-# %% ../../nbs/10_data/12_transforms.ipynb #e4c52a05
+# %% ../../nbs/10_data/12_transforms.ipynb #72a29ada
+def _interpolation(word):
+    "Find torchvision's way to interpolate that is called `word`."
+    from torchvision.transforms import InterpolationMode
+    modes = {o.value: o for o in InterpolationMode}
+    if word.lower() in modes: return modes[word.lower()]
+    raise ConfigError(f"`interpolation` is {word!r}{did_you_mean(word, modes) or '.'} It is one of {listed(modes)}.")
+
 def _in_words(args):
     "Replace the words in `args` that stand for objects of torch, and build the transforms in it."
     res = dict(args)
-    if isinstance(res.get('interpolation'), str):
-        from torchvision.transforms import InterpolationMode
-        modes = {o.value: o for o in InterpolationMode}
-        word = res['interpolation'].lower()
-        if word not in modes: raise ConfigError(f"`interpolation` is {res['interpolation']!r}{did_you_mean(word, modes) or '.'} It is one of {listed(modes)}.")
-        res['interpolation'] = modes[word]
+    if isinstance(res.get('interpolation'), str): res['interpolation'] = _interpolation(res['interpolation'])
     if isinstance(res.get('dtype'), str): res['dtype'] = getattr(torch, res['dtype'].removeprefix('torch.'), res['dtype'])
     if isinstance(res.get('transforms'), (list,tuple)): res['transforms'] = [build_transform(o) for o in res['transforms']]
     return res
 
+# %% ../../nbs/10_data/12_transforms.ipynb #d5766991
 def build_transform(
     spec:Any # A name, a mapping with type and args, or a function that is ready
 )->Callable: # A function of the input
@@ -72,15 +76,16 @@ def build_transform(
     name,args = split_spec(spec)
     return TRANSFORMS.build(dict(type=name, args=_in_words(args)))
 
-# %% ../../nbs/10_data/12_transforms.ipynb #be27ec16
+# %% ../../nbs/10_data/12_transforms.ipynb #c4bfb201
 _NEED_TENSOR = {'Normalize','GaussianNoise','RandomErasing','LinearTransformation'}
 
 def _with_tensor(steps):
     "Put `ToTensor` where the pictures have to become tensors."
     at = next((i for i,o in enumerate(steps) if type(o).__name__ in _NEED_TENSOR), len(steps))
     res = [*steps[:at], ToTensor(), *steps[at:]]
-    return res if at==len(steps) else [*res, ToTensor()]   # a step in between may have made pixels again
+    return res if at==len(steps) else [*res, ToTensor()]   # a later step may have made pixels again
 
+# %% ../../nbs/10_data/12_transforms.ipynb #7a928524
 def build_transforms(
     specs:Mapping[str,Any]|None, # Stage -> list of transforms; a stage left out is only prepared
     kind:str='image' # What the inputs are: "image" ends in a float tensor (c, h, w), 0 to 1
