@@ -44,7 +44,7 @@ def _metric_name(spec:object, metric:object)->str:
     if name.isidentifier(): return name
     raise ConfigError(f"A metric is called `{name}`, which is no name. Write it with `def`, or give it one: {{\"my_name\": ...}}.")
 
-# %% ../../nbs/30_training/31b_metrics.ipynb #abc484c1
+# %% ../../nbs/30_training/31b_metrics.ipynb #9d1b3c7d
 class Meter:
     "The loss and the metrics of a split, added up batch by batch."
     def __init__(self,
@@ -60,27 +60,26 @@ class Meter:
         self.loss,self.parts,self.values = RunningMean(),{},{}
         for o in self.metrics.values(): o.reset()
 
-    def add(self,
-        losses:Loss|Tensor|None, # The loss of this batch, its mean over the items
-        preds:Tensor|None=None, # (n, ...) predictions; may carry gradients
-        target:Tensor|None=None, # (n, ...) targets
-        n:int|None=None, # Items in this batch; by default the length of the targets
-        values:Mapping|None=None # What the model measured itself: name -> () or (n,)
-    )->None:
-        "Take in one batch. Nothing is waited for."
-        if n is None: n = _items(target, preds)
-        if isinstance(losses, Loss):
-            if len(losses)>1: _add_all(self.parts, losses, n)
-            losses = losses.total
-        if losses is not None: self.loss.add(losses.detach(), n)
-        if self.metrics: self._add_metrics(preds, target, n)
-        if values: _add_all(self.values, values, n)
-
-    def _add_metrics(self, preds:Tensor, target:Tensor, n:int)->None:
-        "Take in one batch of predictions."
-        if target is None: raise DataError(f"The batch has no targets, and the metrics {listed(self.metrics)} need them. Let the dataset return (input, target).")
-        if isinstance(preds, Tensor): preds = preds.detach()
-        for o in self.metrics.values(): o.add(preds, target, n)
+# %% ../../nbs/30_training/31b_metrics.ipynb #1f1f51d7
+@patch
+def add(self:Meter,
+    losses:Loss|Tensor|None, # The loss of this batch, its mean over the items
+    preds:Tensor|None=None, # (n, ...) predictions; may carry gradients
+    target:Tensor|None=None, # (n, ...) targets
+    n:int|None=None, # Items in this batch; by default the length of the targets
+    values:Mapping|None=None # What the model measured itself: name -> () or (n,)
+)->None:
+    "Take in one batch. Nothing is waited for."
+    if n is None: n = _items(target, preds)
+    if isinstance(losses, Loss):
+        if len(losses)>1: _add_all(self.parts, losses, n)
+        losses = losses.total
+    if losses is not None: self.loss.add(losses.detach(), n)
+    if values: _add_all(self.values, values, n)
+    if not self.metrics: return
+    if target is None: raise DataError(f"The batch has no targets, and the metrics {listed(self.metrics)} need them. Let the dataset return (input, target).")
+    if isinstance(preds, Tensor): preds = preds.detach()
+    for o in self.metrics.values(): o.add(preds, target, n)
 
 # %% ../../nbs/30_training/31b_metrics.ipynb #e02c24d8
 def _items(target:object, preds:object)->int:

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 import torch
+from fastcore.basics import patch
 from torch import Tensor
-from ..common.errors import DataError
+from ..common.errors import ConfigError, DataError, listed
 
-# %% ../../nbs/30_training/31a_running.ipynb #80a813a1
+# %% ../../nbs/30_training/31a_running.ipynb #2054b652
 class RunningMean:
     "The mean of values that come in batches."
+    keeps = ('parts', 'sizes', 'total', 'count')
     def __init__(self): self.reset()
 
     def reset(self)->None:
@@ -30,39 +32,33 @@ class RunningMean:
         self.parts.append(value if isinstance(value, Tensor) else torch.tensor(float(value)))
         self.sizes.append(n)
         self.count += n
-        if len(self.parts)==256: self.total,self.parts,self.sizes = self._sum(),[],[]
+        if len(self.parts)==256: self.total,self.parts,self.sizes = self.sum(),[],[]
 
     def value(self)->float: # nan without items
         "The mean of all values so far; this is where the device is waited for."
-        return float(self._sum())/self.count if self.count else math.nan
+        return float(self.sum())/self.count if self.count else math.nan
 
-    def _sum(self)->Tensor|float:
-        "The sum of all values so far, on the device of the latest."
-        if not self.parts: return self.total
-        device = self.parts[-1].device
-        wide = torch.float32 if device.type=='mps' else torch.float64
-        each = [o.to(device) for o in self.parts if o.ndim]
-        means = [(o.to(device), n) for o,n in zip(self.parts, self.sizes) if not o.ndim]
-        res = torch.cat(each).to(wide).sum() if each else 0.
-        if means: res = res+torch.stack([o for o,_ in means]).to(wide)@torch.tensor([n for _,n in means], dtype=wide, device=device)
-        return res+(self.total.to(device) if isinstance(self.total, Tensor) else self.total)
+# %% ../../nbs/30_training/31a_running.ipynb #54c035cc
+@patch
+def sum(self:RunningMean)->Tensor|float: # () on the device of the latest value; 0 without items
+    "The sum of all values so far, each mean counted as often as it has items."
+    if not self.parts: return self.total
+    device = self.parts[-1].device
+    wide = torch.float32 if device.type=='mps' else torch.float64
+    total = self.total.to(device) if isinstance(self.total, Tensor) else self.total
+    each = [o.to(device) for o in self.parts if o.ndim]
+    means = [(o.to(device), n) for o,n in zip(self.parts, self.sizes) if not o.ndim]
+    if each: total = total+torch.cat(each).to(wide).sum()
+    if means: total = total+torch.stack([o for o,_ in means]).to(wide)@torch.tensor([n for _,n in means], dtype=wide, device=device)
+    return total
 
-    def state_dict(self)->dict: # Tensors and plain numbers
-        "All that is needed to go on."
-        return dict(parts=list(self.parts), sizes=list(self.sizes), total=self.total, count=self.count)
-
-    def load_state_dict(self,
-        state:Mapping # As `state_dict` returned it
-    )->None:
-        "Go on from `state`."
-        self.parts,self.sizes,self.total,self.count = list(state['parts']),list(state['sizes']),state['total'],state['count']
-
-# %% ../../nbs/30_training/31a_running.ipynb #7b785bb7
+# %% ../../nbs/30_training/31a_running.ipynb #96a2abb9
 class RunningFunction:
     "A metric function, added up over a split."
+    keeps = ('mean', 'preds', 'target')
     def __init__(self,
         name:str, # For messages
-        fn:Callable # Called with (preds, target); returns (b,) or a single number
+        fn:Callable # Called with (preds, target); returns (n,) or a single number
     ):
         self.name,self.fn = name,fn
         self.reset()
@@ -72,8 +68,8 @@ class RunningFunction:
         self.mean,self.preds,self.target = RunningMean(),[],[]
 
     def add(self,
-        preds:Tensor, # (b, ...) without gradient
-        target:Tensor, # (b, ...)
+        preds:Tensor, # (n, ...) without gradient
+        target:Tensor, # (n, ...)
         n:int # Items in this batch
     )->None:
         "Take in one batch."
@@ -84,37 +80,31 @@ class RunningFunction:
         self.preds.append(preds)
         self.target.append(target)
 
-    def _check_single(self, value:object, n:int)->None:
-        "Raise unless `value` is a single number, and no batch before gave anything else."
-        if self.mean.count==0 and (getattr(value, 'ndim', None)==0 or isinstance(value, (int, float))): return
-        what = f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)
-        raise DataError(f"The metric `{self.name}` returns {what} for {n} items, want ({n},), one value for each item, or () for a number that is computed over all items of a split.")
-
     def value(self)->float: # nan without items
         "The metric over all items so far."
         return float(self.fn(torch.cat(self.preds), torch.cat(self.target))) if self.preds else self.mean.value()
 
-    def state_dict(self)->dict: # Tensors and plain numbers
-        "All that is needed to go on."
-        return dict(mean=self.mean.state_dict(), preds=list(self.preds), target=list(self.target))
+# %% ../../nbs/30_training/31a_running.ipynb #27d07def
+@patch
+def _check_single(self:RunningFunction, value:object, n:int)->None:
+    "Raise unless `value` is a single number, and no batch before gave anything else."
+    if self.mean.count==0 and (getattr(value, 'ndim', None)==0 or isinstance(value, (int, float))): return
+    what = f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)
+    raise DataError(f"The metric `{self.name}` returns {what} for {n} items, want ({n},), one value for each item, or () for a number that is computed over all items of a split.")
 
-    def load_state_dict(self,
-        state:Mapping # As `state_dict` returned it
-    )->None:
-        "Go on from `state`."
-        self.mean.load_state_dict(state['mean'])
-        self.preds,self.target = list(state['preds']),list(state['target'])
-
-# %% ../../nbs/30_training/31a_running.ipynb #6ebd3607
+# %% ../../nbs/30_training/31a_running.ipynb #45878c18
 class RunningObject:
     "An object with `update`, `compute`, `reset` and a state, such as one of torchmetrics."
+    keeps = ('metric', 'count')
     def __init__(self,
         name:str, # For messages
-        metric:object # Copied, so that training and validation do not share it
+        metric:object # Copied
     ):
+        missing = [o for o in ('update', 'compute', 'reset', 'state_dict', 'load_state_dict') if not hasattr(metric, o)]
+        if missing: raise ConfigError(f"The metric `{name}` has no {listed(missing)}. Write it, or write the metric as a function of predictions and targets.")
         self.name,self.metric,self.count = name,deepcopy(metric),0
         if hasattr(self.metric, 'persistent'): self.metric.persistent(True)
-        if hasattr(self.metric, 'reset'): self.metric.reset()
+        self.metric.reset()
 
     def reset(self)->None:
         "Forget all items."
@@ -122,12 +112,12 @@ class RunningObject:
         self.count = 0
 
     def add(self,
-        preds:Tensor, # (b, ...) without gradient
-        target:Tensor, # (b, ...)
+        preds:Tensor, # (n, ...) without gradient
+        target:Tensor, # (n, ...)
         n:int # Items in this batch
     )->None:
         "Take in one batch."
-        if self.count==0 and hasattr(self.metric, 'to'): self.metric.to(preds.device)
+        if hasattr(self.metric, 'to') and getattr(self.metric, 'device', preds.device)!=preds.device: self.metric.to(preds.device)
         self.metric.update(preds, target)
         self.count += n
 
@@ -135,14 +125,20 @@ class RunningObject:
         "The metric over all items so far."
         return self.metric.compute() if self.count else math.nan
 
-    def state_dict(self)->dict: # Tensors and plain numbers
-        "All that is needed to go on."
-        return dict(metric=dict(self.metric.state_dict()), count=self.count)
+# %% ../../nbs/30_training/31a_running.ipynb #be6be4ea
+@patch
+def state_dict(self:RunningMean|RunningFunction|RunningObject)->dict: # Tensors and plain data
+    "All that is needed to go on."
+    def plain(o): return dict(o.state_dict()) if hasattr(o, 'state_dict') else list(o) if isinstance(o, list) else o
+    return {k: plain(getattr(self, k)) for k in self.keeps}
 
-    def load_state_dict(self,
-        state:Mapping # As `state_dict` returned it
-    )->None:
-        "Go on from `state`."
-        self.metric.load_state_dict(state['metric'])
-        self.count = state['count']
-        if hasattr(self.metric, '_update_count'): self.metric._update_count = int(self.count>0)  # else torchmetrics warns that nothing came in
+@patch
+def load_state_dict(self:RunningMean|RunningFunction|RunningObject,
+    state:Mapping # As `state_dict` returned it
+)->None:
+    "Go on from `state`."
+    for k in self.keeps:
+        o,v = getattr(self, k),state[k]
+        if hasattr(o, 'load_state_dict'): o.load_state_dict(v)
+        else: setattr(self, k, list(v) if isinstance(v, list) else v)
+        if hasattr(o, '_update_count'): o._update_count = 1  # else torchmetrics warns at `compute` that nothing came in
