@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 PKG, NBS = ROOT/'deep_studio_nb', ROOT/'nbs'
 NB_KB = 400                # a notebook's size, pictures included
 CELL_LINES = 60            # of one exported cell
-LIGHT = {'torch', 'fastcore.basics', *sys.stdlib_module_names}   # what a module may import when it is loaded
+LIGHT = {'torch', 'numpy', 'fastcore.basics', *sys.stdlib_module_names}   # what a module may import when it is loaded; torch loads numpy
 EXTRA = {'deep_studio_nb.cli': {'typer'}}                        # the command line is written with it, and no other module imports that
 APART = {'data': {'models', 'training'}, 'models': {'data', 'training'}, 'training': {'data', 'models'}}   # neighbours that do not know each other
 
@@ -109,6 +109,21 @@ def undocumented(name, path):
 def test_public_symbols_have_docstrings():
     events = importlib.import_module('deep_studio_nb.training.events').EVENTS if (PKG/'training/events.py').exists() else ()
     report([o for name,path in modules().items() for o in undocumented(name, path) if o.rpartition('.')[2] not in events])
+
+def test_annotations_can_be_read():
+    "The documentation evaluates annotations, so a type that is imported late has a stand-in: `else: Figure = 'Figure'` beside `if TYPE_CHECKING: ...`."
+    problems = []
+    for name,path in modules().items():
+        mod = importlib.import_module(name)
+        for o in exported(path):
+            obj = getattr(mod, o)
+            found = {o: obj, **({f'{o}.{k}': v for k,v in vars(obj).items() if inspect.isfunction(v)} if inspect.isclass(obj) else {})}
+            for k,v in found.items():
+                if getattr(v, '__module__', None)!=name or not callable(v): continue
+                try: inspect.signature(v, eval_str=True)
+                except ValueError: continue   # a builtin has none
+                except NameError as e: problems.append(f'{name}.{k}: {e}')
+    report(problems)
 
 # --- notebooks and modules ---
 

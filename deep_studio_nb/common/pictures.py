@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+import numpy as np
 from torch import Tensor
 from .errors import DataError, RunError, listed
 from .files import atomic_path
 
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.figure import Figure
+if TYPE_CHECKING: from matplotlib.figure import Figure
+else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% auto #0
 __all__ = ['text_font', 'new_picture', 'save_picture', 'as_pixels', 'image_grid']
@@ -95,7 +95,6 @@ def as_pixels(
     image:object # A tensor (c, h, w) or (h, w), an array (h, w, c) or (h, w), or a PIL image; floats 0 to 1, bytes or booleans
 )->np.ndarray: # (h, w) grey, (h, w, 3) RGB or (h, w, 4) RGBA; float32, 0 to 1
     "Turn `image` into an array that can be drawn."
-    import numpy as np
     array = _as_array(image)
     if array.ndim==3 and array.shape[-1]==1: array = array[...,0]
     if not array.size or not (array.ndim==2 or array.ndim==3 and array.shape[-1] in (3, 4)):
@@ -106,7 +105,6 @@ def as_pixels(
 
 def _as_array(image:object)->np.ndarray:
     "Turn tensors and PIL images of any mode into arrays with the channels last."
-    import numpy as np
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         if image.is_floating_point(): image = image.float()
