@@ -17,6 +17,7 @@ from ..common.errors import DataError
 from .samples import natural_key
 
 if TYPE_CHECKING: from PIL.Image import Image as PILImage
+else: PILImage = 'PILImage'   # the documentation evaluates annotations
 
 # %% ../../nbs/10_data/11_image_files.ipynb #93058324
 IMAGE_SUFFIXES = frozenset('.jpg .jpeg .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm'.split())
@@ -61,9 +62,9 @@ def _to_8_bits(im):
 
 # %% ../../nbs/10_data/11_image_files.ipynb #6ffdee9f
 def convert_image(
-    im:'PILImage', # Any picture
+    im:PILImage, # Any picture
     mode:str='RGB' # "L" for grey, "RGB" for colour
-)->'PILImage': # Upright, 8 bits a channel
+)->PILImage: # Upright, 8 bits a channel
     "Make a plain grey or colour picture of `im`, as a viewer would show it."
     if mode not in ('L','RGB'): raise DataError(f"`mode` is {mode!r}. It is \"L\" for grey or \"RGB\" for colour pictures.")
     if im.mode.startswith('I'): im = _to_8_bits(im)
@@ -87,7 +88,7 @@ def _why(path, e):
 def read_image(
     path:str|Path, # An image file
     mode:str='RGB' # "L" for grey, "RGB" for colour
-)->'PILImage': # Upright, 8 bits a channel
+)->PILImage: # Upright, 8 bits a channel
     "Read the image at `path` as a viewer would show it."
     from PIL import Image
     try:

@@ -25,6 +25,7 @@ from .show import show_batch as draw_batch
 from .splits import held_out_count, hold_out
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
+else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% ../../nbs/10_data/19_loaders.ipynb #ae98ee2a
 def _check_counts(**counts):
@@ -159,7 +160,7 @@ def peek(self:BaseDataLoader,
 @patch
 def show_batch(self:BaseDataLoader,
     n:int=16 # Samples to show, at most
-)->'Figure': # Pictures with their targets
+)->Figure: # Pictures with their targets
     "Draw the next samples as a person recognises them."
     return draw_batch(self, n)
 

@@ -13,6 +13,7 @@ from ..common.pictures import image_grid, new_picture
 from .samples import BaseDataset, Samples
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
+else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% ../../nbs/10_data/16_show.ipynb #339be4d2
 class _Bare(BaseDataset):
@@ -56,7 +57,7 @@ def show_batch(
     source:Any, # A loader, a dataset, or a batch: tensors (b, ...), the last one the targets
     n:int=16, # Samples to show, at most
     ncols:int=8 # Pictures in a row
-)->'Figure': # Pictures with their targets above, or a table of values
+)->Figure: # Pictures with their targets above, or a table of values
     "Draw samples the way a person recognises them."
     samples,ds = _look(source, n)
     pairs = [o if isinstance(o, (tuple,list)) else (o,) for o in samples]
