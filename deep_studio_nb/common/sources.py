@@ -67,6 +67,13 @@ def place_of(
     return f"{path}:{code.co_firstlineno}" if code else str(path)
 
 # %% ../../nbs/00_common/02_sources.ipynb #e3d822a4
+def _bare(
+    obj:object # A class or function
+)->tuple|None: # What makes up a class without methods, nothing for anything else
+    "List what a class consists of when it has no code."
+    if not inspect.isclass(obj) or _code(obj): return None
+    return obj.__qualname__, obj.__doc__, [o.__qualname__ for o in obj.__bases__], {k:v for k,v in vars(obj).items() if not k.startswith('__')}
+
 def same_part(
     a:object, # A class or function
     b:object # Another, perhaps
@@ -74,4 +81,5 @@ def same_part(
     "Tell whether `b` is `a` written again."
     if a is b or not (hasattr(a, '__qualname__') and hasattr(b, '__qualname__')): return a is b
     if (a.__module__, a.__qualname__)==(b.__module__, b.__qualname__): return True
+    if _bare(a) and _bare(b): return _bare(a)==_bare(b)
     return source_of(a) is not None and source_of(a)==source_of(b)
