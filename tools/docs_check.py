@@ -24,7 +24,7 @@ def prepare(n_workers):
     nbdev.quarto.nbdev_sidebar.__wrapped__()
     try: return proc_nbs(n_workers=n_workers, force=True)
     except Exception as e:
-        first = re.search(r'^\w+(?:Error|Exception)\b.*', str(e.__cause__), re.M)
+        first = re.search(r'^[A-Za-z_][\w.]*: .*', str(e.__cause__), re.M)
         sys.exit(f'ERROR {e}\n{first[0] if first else ""}\nFor the documentation nbdev runs imports, exported cells and `show_doc` of a notebook, and no other cells.')
 
 def output_md(o, directives, picture):
