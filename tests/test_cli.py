@@ -189,7 +189,7 @@ def photos(folder, names=('iris', 'pupil', 'sclera'), n=3, size=(32, 32), suffix
 
 @pytest.mark.parametrize('how', ['imports', 'registry'])
 def test_a_pytorch_template_config_runs_to_the_letter(here, how, capsys):
-    photos(here/'data')
+    photos(here/'data', size=(64, 64))
     Path('config.json').write_text(json.dumps(TEMPLATE))
     Path('iris_parts.py').write_text(PARTS)
     if how == 'imports': done = process('train', '-c', 'config.json', 'imports=[iris_parts]', cwd=here)
@@ -269,7 +269,7 @@ def test_checkpoints_that_must_be_refused(here, digits, capsys):
             assert code == 1 and name in said, said
     assert not (here/'pwned').exists()
     code, said = studio('train', 'tiny.json', 'arch.args.hidden=[32]', 'trainer.epochs=3', '--resume', last, capsys=capsys)
-    assert code == 1 and re.search(r'shape|size', said), said
+    assert code == 1 and 'another architecture' in said, said
 
 
 @pytest.mark.parametrize('change, wanted', [

@@ -4,6 +4,7 @@ import random
 import signal
 
 import numpy as np
+import logging
 import pytest
 import torch
 from PIL import Image
@@ -192,12 +193,15 @@ def test_a_validation_split_that_can(amount, n):
     assert (None if valid is None else len(valid.dataset)) == n
 
 
-def test_two_validation_splits_are_one_too_many(tmp_path):
+def test_the_split_that_was_asked_for_counts_and_the_log_says_so(tmp_path, caplog, monkeypatch):
     for name in ('train/a', 'valid/a'):
         (tmp_path/name).mkdir(parents=True)
         for i in range(3): Image.new('L', (4, 4), 50*i).save(tmp_path/name/f'{i}.png')
     ds = ImageFolder(tmp_path)
-    with pytest.raises(DataError, match='a validation split of its own'): BaseDataLoader(ds, validation_split=1)
+    monkeypatch.setattr(logging.getLogger('deep_studio_nb'), 'propagate', True)
+    asked = BaseDataLoader(ds, validation_split=1)
+    assert (len(asked.dataset), len(asked.split_validation().dataset)) == (2, 1)
+    assert 'the validation split that the data comes with is not used' in caplog.text
     assert len(BaseDataLoader(ds).split_validation().dataset) == 3
     assert BaseDataLoader(ds).split_test() is None
 

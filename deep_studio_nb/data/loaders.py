@@ -39,7 +39,7 @@ def _divide(ds, amount, seed):
     n_out = held_out_count(amount, len(ds))
     if not n_out: return ds,None
     if ds.split('valid') is not None:
-        raise DataError(f"`validation_split` is {amount!r}, but the data comes with a validation split of its own. Set `validation_split` to 0 to use that one.")
+        get_logger('data').warning("%d training samples are held out as `validation_split` %r says, and the validation split that the data comes with is not used. Set `validation_split` to 0 to use that one.", n_out, amount)
     if isinstance(ds, PlainDataset) and getattr(ds.source, 'transform', None) is not None:
         get_logger('data').warning("%s applies its own `transform` to the samples held out for validation too. If it augments, give it to the dataset by `with_transforms` instead.", type(ds.source).__name__)
     train,out = hold_out(len(ds), n_out, ds.targets(), seed)

@@ -10,9 +10,11 @@ import csv, io
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..common.errors import DataError
 from ..common.files import write_text
+from ..common.tables import Table
 from ..common.types import Metrics
 from ..training.metrics import Meter
 from ..training.passes import evaluated
@@ -45,8 +47,6 @@ class Evaluation:
 def _value(x): return x.item() if x.numel()==1 else x.tolist()
 
 # %% ../../nbs/40_evaluation/40_evaluate.ipynb #ad9a79d6
-from fastcore.basics import patch
-
 @patch
 def rows(self:Evaluation) -> list[dict]: # `id`, `target`, `prediction`, and for classes `probability` and `correct`
     "Give one plain row a sample."
@@ -63,6 +63,17 @@ def rows(self:Evaluation) -> list[dict]: # `id`, `target`, `prediction`, and for
             row |= dict(target=self.classes[self.targets[i]], correct=bool(picked[i]==self.targets[i]))
         res.append(row)
     return res
+
+# %% ../../nbs/40_evaluation/40_evaluate.ipynb #85bd787e
+@patch
+def table(self:Evaluation,
+    n:int|None=20 # Rows to show, from the first; None for all
+) -> Table: # Prints as a table
+    "Show some rows."
+    return Table(self.rows()[:n])
+
+@patch
+def _repr_html_(self:Evaluation): return f'<p>{self.split}, {len(self):,} samples: {self.metrics}</p>'+self.table(8)._repr_html_()
 
 # %% ../../nbs/40_evaluation/40_evaluate.ipynb #df37c027
 @patch

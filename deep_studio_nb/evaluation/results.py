@@ -60,7 +60,8 @@ def show_confusion(
     fig = new_picture(1.2+0.42*k, 1.2+0.42*k)
     ax = fig.subplots()
     ax.imshow(counts/counts.sum(1, keepdim=True).clamp(min=1), cmap='Blues', vmin=0, vmax=1)
-    ax.set_xticks(range(k), ev.classes, rotation=60, ha='right', size=8)
+    long = max(map(len, ev.classes))>2
+    ax.set_xticks(range(k), ev.classes, rotation=60 if long else 0, ha='right' if long else 'center', size=8)
     ax.set_yticks(range(k), ev.classes, size=8)
     for i,j in counts.nonzero().tolist():
         ax.text(j, i, int(counts[i,j]), ha='center', va='center', size=8, color='white' if i==j else 'firebrick')

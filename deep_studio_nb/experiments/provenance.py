@@ -9,15 +9,17 @@ __all__ = ['versions', 'git_state', 'part_records']
 import hashlib, platform, subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from ..common.registry import REGISTRIES, split_spec
+from .. import __version__
+from ..common.arguments import split_spec
+from ..common.registry import REGISTRIES
 from ..common.schema import SECTIONS
 
 # %% ../../nbs/50_experiments/51_provenance.ipynb #9b8a035e
-_WATCHED = 'deep_studio_nb','torch','torchvision','torchmetrics','numpy','scikit-learn','pillow'
+_WATCHED = 'torch','torchvision','torchmetrics','numpy','scikit-learn','pillow'
 
-def versions() -> dict[str,str]: # Library to version, with Python's own first
+def versions() -> dict[str,str]: # Library to version, with Python's and the package's own first
     "Say which versions this process runs with; a library that is not installed is left out."
-    found = {'python': platform.python_version()}
+    found = {'python': platform.python_version(), 'deep_studio_nb': __version__}
     for name in _WATCHED:
         try: found[name] = version(name)
         except PackageNotFoundError: continue

@@ -86,11 +86,13 @@ def file(self:RunFolder,
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #a4fd988f
 @patch
-def record_checkpoints(self:RunFolder):
-    "Record the checkpoints that the trainer has written by itself."
-    found = [o.relative_to(self.path).as_posix() for o in sorted((self.path/'checkpoints').glob('*.pt'))]
+def record_files(self:RunFolder,
+    *patterns:str # Below the folder, e.g. `'checkpoints/*.pt'`
+):
+    "Record files that a part of the run has written by itself, such as checkpoints."
+    found = {o.relative_to(self.path).as_posix() for p in patterns for o in self.path.glob(p) if o.is_file()}
     files = self.read()['files']
-    if set(found)-set(files): self.update(files=sorted({*files, *found}))
+    if found-set(files): self.update(files=sorted({*files, *found}))
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #da3ef18f
 def this_process() -> dict: # `host` and `pid`, for the manifest
