@@ -6,7 +6,7 @@
 __all__ = ['WRITERS', 'config_text', 'write_config_file']
 
 # %% ../../nbs/00_common/04d_config_writing.ipynb #8cf310bb
-import json, math
+import json, math, re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,9 @@ from .files import write_text
 @cache
 def _yaml_dumper()->type:
     import yaml
-    return yaml_rules(yaml.SafeDumper, ignore_aliases=lambda self, data: True)
+    dumper = yaml_rules(yaml.SafeDumper, ignore_aliases=lambda self, data: True)
+    dumper.add_representer(str, lambda self, s: self.represent_scalar("tag:yaml.org,2002:str", s, style=None if s.isprintable() else '"'))
+    return dumper
 
 def _yaml_text(data:Any)->str:
     import yaml
@@ -70,7 +72,7 @@ WRITERS:dict[str,Callable[[dict],str]] = {".yaml": _yaml_text, ".yml": _yaml_tex
 def _escaped(value:Any)->Any:
     if isinstance(value, dict): return {k: _escaped(v) for k,v in value.items()}
     if isinstance(value, list): return [_escaped(o) for o in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 def config_text(
     data:dict, # Plain data with text as keys
