@@ -43,6 +43,7 @@ class TrainerKeys:
     tensorboard:bool = False # The same as `tensorboard` in `trackers`
     verbosity:int = field(default=1, metadata=dict(ge=0, le=2)) # 0 warnings, 1 information, 2 everything
     log_step:int|None = field(default=None, metadata=dict(ge=1)) # Batches between lines in the log
+    threads:int|None = field(default=None, metadata=dict(ge=1)) # Threads of PyTorch on the CPU while training; as many as it likes when left out
 
 # %% ../../nbs/00_common/05_schema.ipynb #09ccbfdb
 @dataclass(kw_only=True)
