@@ -49,7 +49,7 @@ class Config(Mapping):
     def __iter__(self)->Iterator[str]: return iter(self.data)
     def __len__(self)->int: return len(self.data)
 
-# %% ../../nbs/00_common/06c_config.ipynb #cbab8976
+# %% ../../nbs/00_common/06c_config.ipynb #03c7d783
 @patch
 def _find(self:Config, key:str)->Any:
     level = self.data
@@ -60,6 +60,7 @@ def _find(self:Config, key:str)->Any:
         level = level[int(name) if isinstance(level, list) else name]
     return level
 
+# %% ../../nbs/00_common/06c_config.ipynb #653138d1
 @patch
 def get(self:Config,
     key:str, # Dotted keys go further down
@@ -74,7 +75,7 @@ def __contains__(self:Config, key:str)->bool:
     try: return self._find(key) is not self
     except UnknownName: return False
 
-# %% ../../nbs/00_common/06c_config.ipynb #4fcff6d1
+# %% ../../nbs/00_common/06c_config.ipynb #abc77a41
 @patch(as_prop=True)
 def problems(self:Config)->list[Problem]:
     "List what breaks the schema, or was wrong with the writing."
@@ -88,6 +89,7 @@ def read(cls:Config,
     "Read a config without judging it."
     return cls(source, *overrides)
 
+# %% ../../nbs/00_common/06c_config.ipynb #56fbaee1
 @patch(cls_method=True)
 def load(cls:Config,
     source:str|Path|Mapping, # As for `Config`
@@ -98,7 +100,7 @@ def load(cls:Config,
     if problems := cfg.problems: raise config_error(problems)
     return cfg
 
-# %% ../../nbs/00_common/06c_config.ipynb #d3473412
+# %% ../../nbs/00_common/06c_config.ipynb #3038b8d9
 @patch
 def import_parts(self:Config)->None:
     "Import the modules under `imports`, so that they can register their parts."
@@ -107,6 +109,7 @@ def import_parts(self:Config)->None:
     place = lambda o: self._doc.place(("imports", names.index(o)))
     if failed: raise config_error([Problem(place(o), f"imports.{names.index(o)}", f"`{o}`: {why}") for o,why in failed.items()])
 
+# %% ../../nbs/00_common/06c_config.ipynb #9721238f
 @patch
 def check(self:Config)->Config: # The config itself
     "Raise everything that can be known to be wrong before anything is built."
@@ -137,6 +140,7 @@ def init_obj(self:Config,
     "Build the part that `key` describes."
     return build_from(source, self[key], *args, facts=facts, **kwargs)
 
+# %% ../../nbs/00_common/06c_config.ipynb #f6ec8298
 @patch
 def init_ftn(self:Config,
     key:str, # A section, or a dotted key such as `metrics.0`
@@ -147,6 +151,7 @@ def init_ftn(self:Config,
     "Bind the arguments of the function that `key` describes, without calling it."
     return bind_from(source, self[key], *args, **kwargs)
 
+# %% ../../nbs/00_common/06c_config.ipynb #85b6eb15
 @patch
 def init_data_loader(self:Config,
     key:str, # A section, `data_loader` as a rule
@@ -181,7 +186,7 @@ def save(self:Config,
     "Save the resolved config, defaults included, in the format of the ending."
     return write_config_file(self.data, path)
 
-# %% ../../nbs/00_common/06c_config.ipynb #f7dc2fd8
+# %% ../../nbs/00_common/06c_config.ipynb #5aeb4979
 class ConfigDiff(dict):
     "Keep what differs between two configs: dotted key to a pair of values."
     def __repr__(self)->str: return "\n".join(f"{k}: {a} -> {b}" for k,(a,b) in self.items()) or "no difference"
@@ -189,6 +194,7 @@ class ConfigDiff(dict):
         rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(a))}</td><td>{escape(str(b))}</td></tr>" for k,(a,b) in self.items())
         return f"<table>{rows}</table>" if rows else "no difference"
 
+# %% ../../nbs/00_common/06c_config.ipynb #01563c97
 @patch
 def diff(self:Config,
     other:Config # The one to compare with

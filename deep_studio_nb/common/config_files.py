@@ -16,7 +16,7 @@ from .config_text import line_column, place_in, read_json, read_yaml
 from .errors import ConfigError, did_you_mean
 from .problems import Document, KeyPath, Place, Problem, config_error
 
-# %% ../../nbs/00_common/04c_config_files.ipynb #b7f9c28b
+# %% ../../nbs/00_common/04c_config_files.ipynb #e421f347
 _section = re.compile(r"\[\s*([A-Za-z_][\w.]*)\s*\]\s*([#;].*)?$")
 
 def _opened(value:str)->int:
@@ -25,6 +25,7 @@ def _opened(value:str)->int:
     bare = re.sub(r"'[^']*'|\"(?:[^\"\\]|\\.)*\"|\s#.*", "", value)
     return sum(bare.count(o) for o in "[{") - sum(bare.count(o) for o in "]}")
 
+# %% ../../nbs/00_common/04c_config_files.ipynb #fc746216
 def _ini_lines(lines:list[str])->Iterator[tuple[int,int,str]]: # First line and last line + 1 from 0, and the text without indentation
     i = 0
     while i<len(lines):
@@ -33,13 +34,14 @@ def _ini_lines(lines:list[str])->Iterator[tuple[int,int,str]]: # First line and 
         while i<len(lines) and _opened(text.partition("=")[2])>0 and not _section.match(lines[i]): text,i = f"{text}\n{lines[i]}",i+1
         if text.strip() and text.lstrip()[0] not in "#;": yield first,i,text.strip()
 
-# %% ../../nbs/00_common/04c_config_files.ipynb #918124da
+# %% ../../nbs/00_common/04c_config_files.ipynb #bdd28919
 def _ini_value(lines:list[str], first:int, end:int, file:str)->Document:
     "Read what stands right of the `=` in `lines[first:end]`."
     start = lines[first].index("=")+1
     rows = [" "*start+lines[first][start:], *(o.replace("\t", " ") for o in lines[first+1:end])]
     return read_yaml("\n"*first+"\n".join(rows), file, lines)
 
+# %% ../../nbs/00_common/04c_config_files.ipynb #41e4baf0
 def _graft(doc:Document, path:KeyPath, value:Any, place:Place)->bool:
     "Put `value` at `path` of `doc`, making the levels above; false if something is there already."
     level = doc.data
@@ -52,7 +54,7 @@ def _graft(doc:Document, path:KeyPath, value:Any, place:Place)->bool:
     level[path[-1]] = value
     return True
 
-# %% ../../nbs/00_common/04c_config_files.ipynb #8d54eac5
+# %% ../../nbs/00_common/04c_config_files.ipynb #9693cdd1
 def _ini_key(doc:Document, section:KeyPath, text:str, lines:list[str], first:int, end:int, place:Place)->None:
     key,eq,_ = text.partition("=")
     if not eq or not key.strip():
@@ -63,6 +65,7 @@ def _ini_key(doc:Document, section:KeyPath, text:str, lines:list[str], first:int
     doc.places |= {path+p: at for p,at in value.places.items() if p}
     doc.problems += value.problems
 
+# %% ../../nbs/00_common/04c_config_files.ipynb #6815ad32
 def read_ini(
     text:str, # Sections and `key = value` lines
     file:str="text" # Named in places
@@ -92,7 +95,7 @@ def on_path(
     try: yield
     finally: sys.path.remove(entry)
 
-# %% ../../nbs/00_common/04c_config_files.ipynb #13cb120a
+# %% ../../nbs/00_common/04c_config_files.ipynb #24336177
 def _parts(node:ast.AST)->list[tuple]: # (key or position, node of the key, node of the value)
     if isinstance(node, ast.Dict):
         return [(k.value,k,v) for k,v in zip(node.keys, node.values) if isinstance(k, ast.Constant) and isinstance(k.value, str)]
@@ -100,6 +103,7 @@ def _parts(node:ast.AST)->list[tuple]: # (key or position, node of the key, node
     is_dict = isinstance(node, ast.Call) and getattr(node.func, "id", "")=="dict"
     return [(k.arg,k,k.value) for k in node.keywords if k.arg] if is_dict else []
 
+# %% ../../nbs/00_common/04c_config_files.ipynb #4c1ba070
 def _literal_places(doc:Document, path:KeyPath, node:ast.AST, place:Callable)->None:
     "Note the place of everything inside the literal `node`."
     seen = set()
@@ -129,7 +133,7 @@ def _plain(value:Any, path:KeyPath, doc:Document)->Any:
 
 def _is_tool(value:Any)->bool: return isinstance(value, ModuleType) or callable(value)
 
-# %% ../../nbs/00_common/04c_config_files.ipynb #c4ded9ce
+# %% ../../nbs/00_common/04c_config_files.ipynb #37a1df6d
 def _python_problem(e:BaseException, file:str, text:str, place:Callable)->Problem:
     if isinstance(e, SyntaxError) and e.filename==file: line,column = e.lineno or 1,e.offset or 1
     else:
@@ -140,6 +144,7 @@ def _python_problem(e:BaseException, file:str, text:str, place:Callable)->Proble
     words = e.msg if isinstance(e, SyntaxError) else f"{type(e).__name__}: {e}"
     return Problem(place(line, column), "", f"Python that does not run: {words}")
 
+# %% ../../nbs/00_common/04c_config_files.ipynb #26646126
 def read_python(
     text:str, # A Python module; it is run
     file:str="text" # Named in places; its folder can be imported from
@@ -157,7 +162,7 @@ def read_python(
         if not k.startswith("_") and not _is_tool(v): doc.data[k] = _plain(v, (k,), doc)
     return doc
 
-# %% ../../nbs/00_common/04c_config_files.ipynb #66eaed03
+# %% ../../nbs/00_common/04c_config_files.ipynb #47fb5f27
 READERS:dict[str,Callable[[str,str],Document]] = {
     ".yaml": read_yaml, ".yml": read_yaml, ".json": read_json, ".ini": read_ini, ".py": read_python}
 
@@ -174,6 +179,7 @@ def _text(path:Path, file:str)->str:
     except UnicodeDecodeError as e: fail("bytes that are not text in UTF-8", hint="save the file as UTF-8",
                                          place=Place(file, *line_column(e.object[:e.start].decode("latin1"), e.start)))
 
+# %% ../../nbs/00_common/04c_config_files.ipynb #ced6e584
 def read_config_file(
     path:str|Path # Ends in .yaml, .yml, .json, .ini or .py
 )->Document: # `data` is a mapping; `problems` has what did not prevent reading

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 from .problems import Document, KeyPath, Place, Problem, config_error
 
-# %% ../../nbs/00_common/04b_config_text.ipynb #20f5111f
+# %% ../../nbs/00_common/04b_config_text.ipynb #47ad412e
 YAML_RULES = dict(
     null=r"~|null|Null|NULL|", bool=r"true|True|TRUE|false|False|FALSE", int=r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
     float=r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", merge="<<")
@@ -26,6 +26,7 @@ def yaml_rules(
     for tag,rule in YAML_RULES.items(): cls.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({rule})$"), None)
     return cls
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #c71b6a3c
 @cache
 def _yaml_loader()->type:
     import yaml
@@ -37,7 +38,7 @@ def _float(s:str)->float: return float(re.sub(r"\.(?=[in])", "", s.lower()))
 
 _scalars:dict[str,Callable] = dict(null=lambda s: None, bool=lambda s: s.lower()=="true", int=_number, float=_float, str=str)
 
-# %% ../../nbs/00_common/04b_config_text.ipynb #e3cb1895
+# %% ../../nbs/00_common/04b_config_text.ipynb #12021f34
 def _pairs(node)->Iterator[tuple]: # (key node, value node, whether it came through `<<`)
     for k,v in node.value:
         if not k.tag.endswith(":merge"): yield k,v,False
@@ -45,6 +46,7 @@ def _pairs(node)->Iterator[tuple]: # (key node, value node, whether it came thro
         if k.tag.endswith(":merge"):
             for o in [v] if v.id=="mapping" else reversed(v.value): yield from ((a,b,True) for a,b,_ in _pairs(o))
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #eee952a1
 def _yaml_data(node, path:KeyPath, doc:Document, place:Callable)->Any:
     "Make plain data of a YAML `node`, leaving places and problems in `doc`."
     doc.places.setdefault(path, place(node.start_mark))
@@ -55,6 +57,7 @@ def _yaml_data(node, path:KeyPath, doc:Document, place:Callable)->Any:
     if node.id=="mapping" and tag=="map": return _yaml_mapping(node, path, doc, place)
     doc.complain(path, f"the tag `{node.tag}`", "plain data: text, numbers, lists and mappings", "remove the tag")
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #1c687d7d
 def _yaml_mapping(node, path:KeyPath, doc:Document, place:Callable)->dict:
     res = {}
     for k,v,merged in _pairs(node):
@@ -67,18 +70,19 @@ def _yaml_mapping(node, path:KeyPath, doc:Document, place:Callable)->dict:
         elif not merged: doc.repeated(path+(k.value,), at)
     return res
 
-# %% ../../nbs/00_common/04b_config_text.ipynb #c8e26a50
+# %% ../../nbs/00_common/04b_config_text.ipynb #d8dd9ba3
 _yaml_hints = {r"'\t'": "indent with spaces, not with tabs", "mapping values": "put a value that holds `: ` in quotes, or check the indentation and the blanks after `:`",
     "expected <block end>": "check the indentation", "could not find expected ':'": "write `key: value`, with a blank after the colon",
     "alias": "define it first, `&name`, or put the text in quotes", "cannot start any token": "put the text in quotes",
     "',' or": "close the bracket, or add the comma", "end of stream": "close the bracket or the quote", "document": "keep one document in the file"}
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #d858172d
 def _yaml_problem(e:Exception, place:Callable)->Problem:
     mark,found = getattr(e, "problem_mark", None),getattr(e, "problem", None) or str(e).splitlines()[0]
     if mark is not None and mark.index>=len(mark.buffer or "")-1 and e.context_mark: mark = e.context_mark
     return Problem(place(mark or e), "", f"broken YAML: {found}", hint=next((v for k,v in _yaml_hints.items() if k in found), ""))
 
-# %% ../../nbs/00_common/04b_config_text.ipynb #6b3f3d61
+# %% ../../nbs/00_common/04b_config_text.ipynb #423d2b7b
 def place_in(
     file:str, # As the user gave it
     lines:list[str] # Of the file
@@ -86,6 +90,7 @@ def place_in(
     "Make a function that turns a line and a column into a `Place` of `file`."
     return lambda line,column: Place(file, line, column, lines[line-1].rstrip() if 0<line<=len(lines) else "")
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #2bde2a71
 def line_column(
     text:str, # Of the whole file
     i:int # Position in it, from 0
@@ -93,6 +98,7 @@ def line_column(
     "Tell the line and the column of character `i` of `text`."
     return text.count("\n", 0, i)+1, i-text.rfind("\n", 0, i)
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #b1609fca
 def read_yaml(
     text:str, # One YAML document
     file:str="text", # Named in places
@@ -108,7 +114,7 @@ def read_yaml(
     if node is not None: doc.data = _yaml_data(node, (), doc, place)
     return doc
 
-# %% ../../nbs/00_common/04b_config_text.ipynb #06ac1a19
+# %% ../../nbs/00_common/04b_config_text.ipynb #baa98efd
 _json_token = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+')
 
 def _json_data(tokens:list, path:KeyPath, doc:Document, place:Callable)->Any:
@@ -124,6 +130,7 @@ def _json_data(tokens:list, path:KeyPath, doc:Document, place:Callable)->Any:
     tokens.pop()
     return res
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #b0beaf84
 def _json_mapping(tokens:list, path:KeyPath, doc:Document, place:Callable)->dict:
     res = {}
     while (token := tokens.pop())[0]!="}":
@@ -135,16 +142,18 @@ def _json_mapping(tokens:list, path:KeyPath, doc:Document, place:Callable)->dict
         res.setdefault(key[-1], _json_data(tokens, key, doc, place))
     return res
 
-# %% ../../nbs/00_common/04b_config_text.ipynb #6fe91362
+# %% ../../nbs/00_common/04b_config_text.ipynb #9c0ca1d8
 _json_hints = {r"'": "JSON wants double quotes", r"//|#|/\*": "JSON has no comments; YAML has",
     r"True|False|None": "JSON writes `true`, `false` and `null`", r"\"": "a comma is missing before it", r"\Z": "close the bracket or the quote"}
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #7ceb60c7
 def _json_problem(e:json.JSONDecodeError, place:Callable)->Problem:
     before,rest = e.doc[:e.pos].rstrip(),e.doc[e.pos:]
     hint = "remove the comma before it" if before.endswith(",") and rest[:1] in "]}" else ""
     if not hint: hint = next((v for k,v in _json_hints.items() if re.match(k, rest)), "")
     return Problem(place(e.pos), "", f"broken JSON: {e.msg[0].lower()}{e.msg[1:]}", hint=hint)
 
+# %% ../../nbs/00_common/04b_config_text.ipynb #834d78fc
 def read_json(
     text:str, # One JSON value
     file:str="text" # Named in places

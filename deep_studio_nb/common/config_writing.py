@@ -29,18 +29,20 @@ def _yaml_text(data:Any)->str:
 
 def _json_text(data:Any)->str: return json.dumps(data, indent=2, ensure_ascii=False)+"\n"
 
-# %% ../../nbs/00_common/04d_config_writing.ipynb #b159f932
+# %% ../../nbs/00_common/04d_config_writing.ipynb #7888a262
 def _quoted(s:str)->str:
     "Write a text in double quotes, with escapes for what is not printable."
     escape = lambda c: c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c)<0x10000 else f"\\U{ord(c):08x}"
     return "".join(map(escape, json.dumps(s, ensure_ascii=False)))
 
+# %% ../../nbs/00_common/04d_config_writing.ipynb #ca712a5f
 def _word(s:str)->str:
     bare = s.replace(" ", "").replace("_", "").replace("/", "").replace("-", "").replace(".", "")
     return s if bare.isalnum() and s.strip("- ")==s and read_yaml(s).data==s and not _looks_old(s) else _quoted(s)
 
 def _looks_old(s:str)->bool: return s.lower() in ("yes","no","on","off","y","n")
 
+# %% ../../nbs/00_common/04d_config_writing.ipynb #242dd2c0
 def _flow(value:Any)->str:
     "Write a value as YAML on one line."
     if isinstance(value, dict): return "{" + ", ".join(f"{_word(k)}: {_flow(v)}" for k,v in value.items()) + "}"
@@ -48,7 +50,7 @@ def _flow(value:Any)->str:
     if isinstance(value, float) and not math.isfinite(value): return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}[str(value)]
     return _word(value) if isinstance(value, str) else json.dumps(value)
 
-# %% ../../nbs/00_common/04d_config_writing.ipynb #d4f68541
+# %% ../../nbs/00_common/04d_config_writing.ipynb #e48324cc
 def _is_key(s:str)->bool: return s.replace("_", "a").isalnum() and not s[0].isdigit()
 
 def _ini_text(data:dict)->str:
@@ -59,6 +61,7 @@ def _ini_text(data:dict)->str:
         if is_section(v): rows += ["", f"[{k}]", *(f"{name} = {_flow(o)}" for name,o in v.items())]
     return "\n".join(rows)+"\n"
 
+# %% ../../nbs/00_common/04d_config_writing.ipynb #3560c862
 def _literal(value:Any)->str:
     if isinstance(value, dict): return "{" + ", ".join(f"{k!r}: {_literal(v)}" for k,v in value.items()) + "}"
     if isinstance(value, list): return "[" + ", ".join(map(_literal, value)) + "]"
@@ -66,7 +69,7 @@ def _literal(value:Any)->str:
 
 def _python_text(data:dict)->str: return "".join(f"{k} = {_literal(v)}\n" for k,v in data.items())
 
-# %% ../../nbs/00_common/04d_config_writing.ipynb #2b33c93b
+# %% ../../nbs/00_common/04d_config_writing.ipynb #23eb1aa6
 WRITERS:dict[str,Callable[[dict],str]] = {".yaml": _yaml_text, ".yml": _yaml_text, ".json": _json_text, ".ini": _ini_text, ".py": _python_text}
 
 def _escaped(value:Any)->Any:
@@ -74,6 +77,7 @@ def _escaped(value:Any)->Any:
     if isinstance(value, list): return [_escaped(o) for o in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
+# %% ../../nbs/00_common/04d_config_writing.ipynb #4565b2b8
 def config_text(
     data:dict, # Plain data with text as keys
     suffix:str=".yaml" # A file's ending, one of `WRITERS`

@@ -17,17 +17,19 @@ from .errors import ConfigError, did_you_mean, listed
 from .problems import Document, KeyPath, Place, Problem, config_error, dotted
 from .schema_check import found_words, leaves
 
-# %% ../../nbs/00_common/06a_overrides.ipynb #92e4122a
+# %% ../../nbs/00_common/06a_overrides.ipynb #8cff0978
 def _as_part(value:Any, like:Any)->Any:
     "Write a bare name out, if it meets a part that is written out."
     return {"type": value} if isinstance(value, str) and isinstance(like, dict) and "type" in like else value
 
+# %% ../../nbs/00_common/06a_overrides.ipynb #991f9ee3
 def _fresh_args(old:dict, new:dict, path:KeyPath, notes:list[str])->dict:
     "Drop the arguments of `old` if `new` is of another type."
     if "type" not in new or "type" not in old or new["type"]==old["type"] or not old.get("args"): return old
     notes.append(f"{dotted(path)}: {new['type']} replaces {old['type']}, whose arguments {listed(old['args'])} are dropped")
     return {k: v for k,v in old.items() if k!="args"}
 
+# %% ../../nbs/00_common/06a_overrides.ipynb #2bfb54cd
 def merge(
     old:Any, # What is there; not changed
     new:Any, # What is laid over it
@@ -53,7 +55,7 @@ def merge_documents(
         if isinstance(value, str) and isinstance(old.data.get(path), dict): places[path,"type"] = new.place((path,))
     return Document(merge(old.data, new.data, notes=notes), places, old.problems+new.problems)
 
-# %% ../../nbs/00_common/06a_overrides.ipynb #fae0626f
+# %% ../../nbs/00_common/06a_overrides.ipynb #5df29d22
 def with_bases(
     doc:Document, # A config that may have the key `base`
     folder:str|Path, # Where base files are looked for
@@ -74,6 +76,7 @@ def with_bases(
 def _near_file(path:Path)->str:
     return did_you_mean(path.name, [o.name for o in path.parent.glob("*.*")]).removeprefix(", ")
 
+# %% ../../nbs/00_common/06a_overrides.ipynb #205b1b42
 def load_document(
     path:str|Path, # A config file
     notes:list[str]|None=None, # Gets a line for everything that is dropped
@@ -100,7 +103,7 @@ def read_override(
     doc.problems = [replace(p, place=replace(p.place, line=0)) for p in doc.problems]
     return path,doc
 
-# %% ../../nbs/00_common/06a_overrides.ipynb #a6d27e16
+# %% ../../nbs/00_common/06a_overrides.ipynb #5e55a58c
 def _walk(doc:Document, path:KeyPath)->Any:
     "Find what holds the last key of `path`, making mappings on the way; nothing, and a problem, if that is impossible."
     level = doc.data
@@ -116,6 +119,7 @@ def _walk(doc:Document, path:KeyPath)->Any:
         if isinstance(level[key], str) and path[i+1] in ("type","args"): level[key] = {"type": level[key]}
         level = level[key]
 
+# %% ../../nbs/00_common/06a_overrides.ipynb #8e1d72a4
 def apply_overrides(
     doc:Document, # Changed in place
     texts:Sequence[str], # As in `trainer.epochs=3`
@@ -132,6 +136,7 @@ def apply_overrides(
     for path,new in sorted(found.items(), key=lambda o: (len(o[0]), o[0][-1]!="type")): _apply(doc, path, new, notes)
     return doc
 
+# %% ../../nbs/00_common/06a_overrides.ipynb #62b1ca8c
 def _apply(doc:Document, path:KeyPath, new:Document, notes:list[str])->None:
     doc.places |= new.places
     doc.problems += new.problems
@@ -144,7 +149,7 @@ def _apply(doc:Document, path:KeyPath, new:Document, notes:list[str])->None:
     key = str(path[-1]) if isinstance(level, dict) else path[-1]
     level[key] = merge(level[key], data, path, notes) if isinstance(level, list) or key in level else deepcopy(data)
 
-# %% ../../nbs/00_common/06a_overrides.ipynb #a2c42822
+# %% ../../nbs/00_common/06a_overrides.ipynb #a80af2ac
 def _resolved(tree:Any, path:KeyPath)->Any:
     "Look up the value at `path` of OmegaConf's `tree`, as plain data."
     from omegaconf import OmegaConf
@@ -155,12 +160,14 @@ def _set(data:Any, path:KeyPath, value:Any)->None:
     for key in path[:-1]: data = data[key]
     data[path[-1]] = value
 
+# %% ../../nbs/00_common/06a_overrides.ipynb #33d93ecf
 def _reference_problem(doc:Document, path:KeyPath, value:str, e:Exception)->Problem:
     why,choices = str(e).splitlines()[0] if str(e) else "it refers to itself",[dotted(p) for p,_ in leaves(doc.data) if p!=path]
     hint = did_you_mean(value.strip("${} "), choices).removeprefix(", ")
     if "oc.env" in value: hint = "set it, or give a default: `${oc.env:NAME,default}`"
     return Problem(doc.place(path), dotted(path), f"`{value}`: {why}", "the dotted key of another value", hint)
 
+# %% ../../nbs/00_common/06a_overrides.ipynb #afdd0904
 def interpolate(
     doc:Document # Changed in place
 )->Document: # `doc`, with the problems of its references

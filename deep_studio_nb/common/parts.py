@@ -21,7 +21,7 @@ from .registry import REGISTRIES, Registry
 from .schema import SECTIONS, Slot
 from .schema_check import found_words
 
-# %% ../../nbs/00_common/05b_parts.ipynb #c92cbdc2
+# %% ../../nbs/00_common/05b_parts.ipynb #a1f7f67a
 def _unlike(name:str)->str:
     "Say where else the module `name` was imported from, if it is not the one that would be found now."
     top = name.partition(".")[0]
@@ -31,6 +31,7 @@ def _unlike(name:str)->str:
 
 def _same(a:str, b:str)->bool: return Path(a).resolve()==Path(b).resolve()
 
+# %% ../../nbs/00_common/05b_parts.ipynb #39ffabc3
 def _import(name:str, folders:list[str])->str:
     "Import `name`, or say why that cannot be."
     try:
@@ -64,11 +65,12 @@ def import_modules(
     sys.path += [o for o in folders if o not in sys.path]
     return failed
 
-# %% ../../nbs/00_common/05b_parts.ipynb #30cc9b55
+# %% ../../nbs/00_common/05b_parts.ipynb #9b3bc415
 def _is_part(spec:Any)->bool:
     if isinstance(spec, str): return True
     return isinstance(spec, Mapping) and set(spec)<={"type","args"} and isinstance(spec.get("type"), str) and isinstance(spec.get("args") or {}, Mapping)
 
+# %% ../../nbs/00_common/05b_parts.ipynb #af54ef4d
 def parts(
     data:dict # A config; what breaks the schema is passed over
 )->Iterator[tuple[KeyPath,Slot,str|dict]]: # Path, what it is, and its name or `{type, args}`
@@ -90,7 +92,7 @@ def _name_problem(doc:Document, path:KeyPath, name:str, registry:Registry)->Prob
     if not hint: hint = f"to add your own write it with @{registry.variable}.register and name its module under `imports`"
     return Problem(doc.place(path), dotted(path), f"`{name}`, which is not the name of a {registry.kind}", ", or ".join(wanted), hint)
 
-# %% ../../nbs/00_common/05b_parts.ipynb #6188c0da
+# %% ../../nbs/00_common/05b_parts.ipynb #b5448256
 def _arg_problem(doc:Document, path:KeyPath, name:str, args:Mapping, p:ArgProblem)->Problem:
     "Turn what is wrong with an argument of `name` into a problem of the config."
     at = path+("args", p.arg)
@@ -98,6 +100,7 @@ def _arg_problem(doc:Document, path:KeyPath, name:str, args:Mapping, p:ArgProble
     else: found = f"an argument that `{name}` does not take" if " has no argument " in p else found_words(args[p.arg])
     return Problem(doc.place(at), dotted(at), found, p.wanted, f"did you mean `{p.hint}`?" if p.hint else "")
 
+# %% ../../nbs/00_common/05b_parts.ipynb #49d843b0
 def _has_own_facts(data:dict)->bool:
     "Tell whether the data may offer its model more than the toolkit knows of."
     for section in ("dataset","data_loader"):
@@ -107,6 +110,7 @@ def _has_own_facts(data:dict)->bool:
         if facts is not None and not facts.__module__.startswith("deep_studio_nb."): return True
     return False
 
+# %% ../../nbs/00_common/05b_parts.ipynb #e3e8be3f
 def _part_problems(doc:Document, path:KeyPath, slot:Slot, spec:str|dict)->list[Problem]:
     "Check the name and the arguments of one part."
     registry,(name,args) = REGISTRIES[slot.kind],split_spec(spec)
@@ -126,12 +130,14 @@ def _has_own_loss(obj:Any)->bool|None: # None if only building it could tell
     if inspect.isclass(made) and made is not inspect.Signature.empty: return hasattr(made, "forward_train")
     return False if str(getattr(obj, "__module__", "")).startswith(("torchvision.", "deep_studio_nb.")) else None
 
+# %% ../../nbs/00_common/05b_parts.ipynb #34504db7
 def _measured(data:dict)->list[str]:
     "List the values that a run will measure on each split."
     metrics = data.get("metrics") or []
     names = list(metrics) if isinstance(metrics, dict) else [split_spec(o)[0] for o in metrics if _is_part(o)]
     return ["loss", *names]
 
+# %% ../../nbs/00_common/05b_parts.ipynb #0980a546
 def _run_problems(doc:Document)->Iterator[Problem]:
     "Check the loss and the watched value against the model and the metrics."
     data,trainer = doc.data,doc.data.get("trainer")

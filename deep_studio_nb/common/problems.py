@@ -22,9 +22,10 @@ class Place:
     text:str = "" # The whole source line
     def __str__(self)->str: return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
-# %% ../../nbs/00_common/04a_problems.ipynb #ef96ed1a
+# %% ../../nbs/00_common/04a_problems.ipynb #b9efa3b5
 def _columns(s:str)->int: return sum(2 if east_asian_width(o) in "WF" else 1 for o in s)
 
+# %% ../../nbs/00_common/04a_problems.ipynb #0ce010eb
 def excerpt(
     place:Place, # Its `text` is shown, with its line number if there is one
     width:int=1, # Characters to underline
@@ -41,12 +42,13 @@ def excerpt(
     carets = "^"*max(1, _columns(after[:width]))
     return f"{number:>5} | {before}{after}\n{'':>5} | {' '*_columns(before)}{carets}"
 
-# %% ../../nbs/00_common/04a_problems.ipynb #9f5613a9
+# %% ../../nbs/00_common/04a_problems.ipynb #fceaf12f
 def _written(place:Place, key:str)->int:
     "Count the characters that `key`, or its last part, takes at `place`, quotes included; 1 if something else is there."
     found = re.match(rf"{re.escape(key)}|[\"']?{re.escape(key.rpartition('.')[2])}[\"']?", place.text[max(place.column-1, 0):])
     return max(1, len(found[0])) if found else 1
 
+# %% ../../nbs/00_common/04a_problems.ipynb #359d013a
 @dataclass(frozen=True)
 class Problem:
     "One mistake in a config, in the words of the person who wrote it."
@@ -71,7 +73,7 @@ def config_error(
     error.problems = ordered
     return error
 
-# %% ../../nbs/00_common/04a_problems.ipynb #2cfc7416
+# %% ../../nbs/00_common/04a_problems.ipynb #86c1cd61
 KeyPath = tuple[str|int, ...]
 
 def dotted(
@@ -80,6 +82,7 @@ def dotted(
     "Write `path` as people do, with dots."
     return ".".join(map(str, path))
 
+# %% ../../nbs/00_common/04a_problems.ipynb #9751a0c0
 @dataclass
 class Document:
     "Plain data, where each part of it was written, and what was wrong with the writing."

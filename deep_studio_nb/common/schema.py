@@ -68,7 +68,7 @@ class RunKeys:
     callbacks:list[Part] = field(default_factory=list) # More that happens during a run
     trackers:list[Part] = field(default_factory=list) # Where else results go
 
-# %% ../../nbs/00_common/05_schema.ipynb #7aa75e2c
+# %% ../../nbs/00_common/05_schema.ipynb #18f415e5
 def given_type(
     t:Any # As annotated above
 )->Any: # Without `None`
@@ -76,6 +76,7 @@ def given_type(
     args = [o for o in typing.get_args(t) if o is not type(None)] if isinstance(t, UnionType) else []
     return Part if PartKeys in args else args[0] if len(args)==1 else t
 
+# %% ../../nbs/00_common/05_schema.ipynb #cb81d845
 def keys_of(
     t:Any # One of the classes above, or any other type
 )->dict[str,dataclasses.Field]: # Empty for what is no mapping of known keys
@@ -83,6 +84,7 @@ def keys_of(
     t = PartKeys if t==Part else t
     return {f.name: f for f in dataclasses.fields(t)} if dataclasses.is_dataclass(t) else {}
 
+# %% ../../nbs/00_common/05_schema.ipynb #eed5e1dd
 def default_of(
     f:dataclasses.Field # Of one of the classes above
 )->dict: # With `default` or `default_factory`; empty for a key that must be given
