@@ -80,3 +80,6 @@ from .experiments.recorder import *
 from .experiments.experiment import *
 from .experiments.trained import *
 from .experiments.runs import *
+
+# %% ../nbs/80_front/80_all.ipynb #677a2894
+__all__ = [o for o in globals() if not o.startswith('_')]

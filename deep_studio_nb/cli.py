@@ -14,7 +14,8 @@ from .common.errors import StudioError
 # %% ../nbs/80_front/81_cli.ipynb #234e1b84
 app = typer.Typer(name='deep-studio', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode=None, context_settings=dict(help_option_names=['-h','--help']),
-                  help='From a config to a finished experiment: train, eval, predict, select-best, runs.')
+                  help='From a config to a finished experiment.',
+                  epilog='--debug, anywhere, shows the traceback of an error.')
 
 # %% ../nbs/80_front/81_cli.ipynb #230ab34a
 def explain(
@@ -67,14 +68,17 @@ def split_words(
     return config or (paths[0] if paths else None),[o for o in words if o not in paths]
 
 # %% ../nbs/80_front/81_cli.ipynb #99eb7230
-@app.command(help='Train what CONFIG describes, e.g.: deep-studio train configs/quickstart.yaml trainer.epochs=3')
+@app.command()
 def train(
-    words:list[str]=typer.Argument(None, metavar='CONFIG [KEY=VALUE]...', help='The config and overrides of its keys.', show_default=False),
+    words:list[str]=typer.Argument(None, metavar='CONFIG [KEY=VALUE]', help='The config and overrides of its keys.', show_default=False),
     config:str=typer.Option(None, '-c', '--config', metavar='CONFIG', help='The config, for those who prefer an option.'),
     resume:str=typer.Option(None, '-r', '--resume', metavar='CHECKPOINT_OR_RUN', help='Go on with a run, or from one of its checkpoints.'),
     name:str=typer.Option(None, '--name', help="Name of the run folder, instead of the config's."),
     device:str=typer.Option(None, '-d', '--device', metavar='auto|cpu|cuda', help='Where to train; auto takes the first GPU there is.'),
 ):
+    """Train what CONFIG describes.
+
+    For example: deep-studio train configs/quickstart.yaml trainer.epochs=3"""
     from deep_studio_nb.experiments.experiment import Experiment
     config,overrides = split_words(words or [], config)
     if resume is None and config is None: raise typer.BadParameter('What should be trained? Give a config, e.g. configs/quickstart.yaml, or --resume RUN.')
@@ -85,12 +89,13 @@ def train(
     return 130 if exp.trainer.stopped else 0
 
 # %% ../nbs/80_front/81_cli.ipynb #24a80562
-@app.command('eval', help='Score a run or a checkpoint on a split of its data.')
+@app.command('eval')
 def evaluate_run(
     what:str=typer.Argument(metavar='RUN_OR_CHECKPOINT'),
     split:str=typer.Option('test', help='train, valid or test.'),
     device:str=typer.Option('auto', '-d', '--device', metavar='auto|cpu|cuda'),
 ):
+    "Score a run or a checkpoint on a split of its data."
     from deep_studio_nb.experiments.trained import load_trained
     trained = load_trained(what, device=device)
     ev = trained.evaluate(split)
@@ -98,13 +103,14 @@ def evaluate_run(
     if trained.run: print(f'Each prediction: {_short(trained.save_predictions(ev))}')
 
 # %% ../nbs/80_front/81_cli.ipynb #61114830
-@app.command(help='Predict files or folders of files with a run or a checkpoint.')
+@app.command()
 def predict(
     what:str=typer.Argument(metavar='RUN_OR_CHECKPOINT'),
     files:list[str]=typer.Argument(metavar='FILES_OR_FOLDERS...'),
     out:str=typer.Option(None, '--out', metavar='FILE.csv', help='Write all rows here.'),
     device:str=typer.Option('auto', '-d', '--device', metavar='auto|cpu|cuda'),
 ):
+    "Predict files or folders of files with a run or a checkpoint."
     from deep_studio_nb.experiments.trained import load_trained
     trained = load_trained(what, device=device)
     ev,bad = trained.predict_files(files)
@@ -114,20 +120,24 @@ def predict(
     return 1 if bad else 0
 
 # %% ../nbs/80_front/81_cli.ipynb #6c94a8e6
-@app.command('select-best', help='Copy the best run to checkpoints/final_model.pt and say why it is the best.')
+@app.command('select-best')
 def choose(
     runs:list[str]=typer.Argument(None, metavar='[RUNS]...', help='Runs to compare; all in experiments/ when none is given.', show_default=False),
     monitor:str=typer.Option(None, '--monitor', metavar='"min val_loss"', help="What decides; the runs' own monitor when it is left out."),
     save_dir:str=typer.Option('experiments', '--dir', help='The folder that holds the runs.'),
     to:str=typer.Option('checkpoints/final_model.pt', '--to', help='Where the winner goes.'),
 ):
+    """Copy the best model of all runs to checkpoints/.
+
+    The winner is named and the reason given; a record of both lies beside final_model.pt."""
     from deep_studio_nb.experiments.runs import select_best
     print(select_best(runs or None, monitor=monitor, save_dir=save_dir, to=to))
 
 # %% ../nbs/80_front/81_cli.ipynb #b96c4b77
-@app.command('runs', help='List the runs.')
+@app.command('runs')
 def list_runs(
     save_dir:str=typer.Argument('experiments', metavar='[FOLDER]', help='The folder that holds the runs.'),
 ):
+    "List the runs."
     from deep_studio_nb.experiments.runs import runs
     print(runs(save_dir))

@@ -1,5 +1,5 @@
 """The command line as a person meets it: real processes where a process matters, `main` itself everywhere else."""
-import json, os, re, signal, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest

@@ -1,10 +1,10 @@
 "Batches: the same with any number of workers and from any step; errors that name the sample; no global state."
+import logging
 import os
 import random
 import signal
 
 import numpy as np
-import logging
 import pytest
 import torch
 from PIL import Image

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..common.config import Config
-from ..common.devices import describe_device, pick_device
+from ..common.devices import describe_device, pick_device, using_threads
 from ..common.errors import RunError
 from ..common.logs import get_logger, logging_to
 from ..common.pictures import save_picture
@@ -108,22 +108,28 @@ def _tracker_specs(self:Experiment):
     names = [o if isinstance(o, str) else o['type'] for o in specs]
     return specs if not self.cfg['trainer'].get('tensorboard') or 'tensorboard' in names else [*specs, 'tensorboard']
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #d94dd809
+# %% ../../nbs/50_experiments/54_experiment.ipynb #b72e5a0d
 @patch
 def fit(self:Experiment) -> History: # One row an epoch
     "Train into a run folder, and score the best weights; after a stop, go on where it stopped."
     if self.folder and not self.trainer.left:
         raise RunError(f'`{self.folder.name}` has had its {self.trainer.epochs} epochs. To train on: Experiment.resume({str(self.folder.path)!r}, "trainer.epochs={2*self.trainer.epochs}").fit()')
     level = self.cfg['trainer'].get('verbosity', 1)
-    with logging_to(None, level), remembered() as said: self._begin()
-    with logging_to(self.folder.file('logs','training.log'), level):
-        repeat(said)
-        try: self._train()
-        except BaseException as e:
-            self.folder.update(status='failed', error=f'{type(e).__name__}: {e}')
-            self.trackers.finish('failed')
-            raise
+    with using_threads(self.cfg.get('trainer.threads')):
+        with logging_to(None, level), remembered() as said: self._begin()
+        with logging_to(self.folder.file('logs','training.log'), level):
+            repeat(said)
+            self._guarded()
     return self.trainer.history
+
+# %% ../../nbs/50_experiments/54_experiment.ipynb #7e411d43
+@patch
+def _guarded(self:Experiment):
+    try: self._train()
+    except BaseException as e:
+        self.folder.update(status='failed', error=f'{type(e).__name__}: {e}')
+        self.trackers.finish('failed')
+        raise
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #0cb99d11
 @patch
