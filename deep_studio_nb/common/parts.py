@@ -93,12 +93,14 @@ def _name_problem(doc:Document, path:KeyPath, name:str, registry:Registry)->Prob
     return Problem(doc.place(path), dotted(path), f"`{name}`, which is not the name of a {registry.kind}", ", or ".join(wanted), hint)
 
 # %% ../../nbs/00_common/05b_parts.ipynb #b5448256
+_ANNOTATED = {"int": "a whole number", "float": "a number", "float | Tensor": "a number", "str": "text", "bool": "true or false", "dict": "a mapping"}
+
 def _arg_problem(doc:Document, path:KeyPath, name:str, args:Mapping, p:ArgProblem)->Problem:
     "Turn what is wrong with an argument of `name` into a problem of the config."
     at = path+("args", p.arg)
     if p.arg not in args: found = f"nothing, and `{name}` has no default for it"
     else: found = f"an argument that `{name}` does not take" if " has no argument " in p else found_words(args[p.arg])
-    return Problem(doc.place(at), dotted(at), found, p.wanted, f"did you mean `{p.hint}`?" if p.hint else "")
+    return Problem(doc.place(at), dotted(at), found, _ANNOTATED.get(p.wanted, p.wanted), f"did you mean `{p.hint}`?" if p.hint else "")
 
 # %% ../../nbs/00_common/05b_parts.ipynb #49d843b0
 def _has_own_facts(data:dict)->bool:
