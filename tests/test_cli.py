@@ -235,7 +235,7 @@ def test_eval_predict_select_and_runs(here, digits, capsys):
     rows = Path('out.csv').read_text(encoding='utf-8-sig').splitlines()
     assert rows[0].startswith('id,prediction,probability') and len(rows) == 4+len(list((digits/'test'/'5').glob('*.png')))
     code, said = studio('select-best', capsys=capsys)
-    assert code == 0 and Path('checkpoints/final_model.pt').exists() and 'wide has the lowest val_loss of 2' in said
+    assert code == 0 and Path('checkpoints/final_model.pt').exists() and 'wide has the lowest val_loss of 2 runs' in said
     code, said = studio('predict', 'checkpoints/final_model.pt', some[0], capsys=capsys)
     assert code == 0 and '3' in said
     code, said = studio('eval', 'checkpoints/final_model.pt', capsys=capsys)

@@ -27,7 +27,7 @@ def result_title(
     "Say what was predicted, and what it should have been."
     if 'correct' not in row: return f"{row['prediction']}",'black'
     if row['correct']: return f"{row['prediction']} {row['probability']:.2f}",'green'
-    return f"{row['prediction']} {row['probability']:.2f} → {row['target']}",'firebrick'
+    return f"{row['prediction']} {row['probability']:.2f}\n→ {row['target']}",'firebrick'
 
 # %% ../../nbs/40_evaluation/41_results.ipynb #21f272af
 def show_results(

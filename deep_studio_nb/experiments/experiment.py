@@ -225,7 +225,7 @@ def summary(self:Experiment) -> str: # Some lines for people
 # %% ../../nbs/50_experiments/54_experiment.ipynb #be121c8d
 _WORTH = (('checkpoints/best_model.pt','the best weights, with all it takes to use them'), ('checkpoints/last.pt','to train on'),
           ('figures/loss_curve.png','the loss, epoch by epoch'), ('figures/results.png','predictions beside targets, worst first'),
-          ('predictions/test.csv','one row a test sample'), ('metrics.csv','the numbers of every epoch'), ('config.yaml','what ran; train it again'))
+          ('predictions/test.csv','one row a test sample'), ('predictions/valid.csv','one row a validation sample'), ('metrics.csv','the numbers of every epoch'), ('config.yaml','what ran; train it again'))
 
 def _line(values): return ', '.join(f'{k} {v:.4f}' for k,v in values.items())
 def _quoted(path): return shlex.quote(str(path))

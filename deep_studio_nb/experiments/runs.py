@@ -90,8 +90,8 @@ class Choice:
         first,name = self.ranked[0],self.monitor.split()[1]
         lines = [str(Table(dict(run=o.run.name, **{name: o.value}, epoch=(o.record.get('best') or {}).get('epoch')) for o in self.ranked))]
         lines += [f'Left out: {o}' for o in self.left]
-        why = f'the {"lowest" if self.monitor.startswith("min") else "highest"} {name} of {len(self.ranked)}' if len(self.ranked)>1 else 'the only candidate'
-        return '\n'.join([*lines, f'{first.run.name} has {why}: {cell_text(first.value)}.', f'Its best model is now {self.path}'])
+        why = f'has the {"lowest" if self.monitor.startswith("min") else "highest"} {name} of {len(self.ranked)} runs' if len(self.ranked)>1 else f'is the only candidate, {name}'
+        return '\n'.join([*lines, f'{first.run.name} {why}: {cell_text(first.value)}.', f'Its best model is now {self.path}'])
 
 # %% ../../nbs/50_experiments/56_runs.ipynb #a2c16313
 def _place(winner, to, why):
