@@ -83,7 +83,7 @@ def load_checkpoint(
     if not path.is_file(): raise CheckpointError(f"There is no checkpoint `{path}`{_others(path)}")
     if wrong := _no_zip(path): raise CheckpointError(f"`{path}` {wrong}.")
     try: state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as e:
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as e:
         raise CheckpointError(f"`{path}` {_unreadable(e)}.") from e
     return _checked(path, state)
 
@@ -115,11 +115,11 @@ def link_checkpoint(
 # %% ../../nbs/30_training/37_checkpoints.ipynb #1ebdc26c
 def find_checkpoint(
     path:str|Path # A checkpoint, a folder of checkpoints, or a run folder
-)->Path: # The checkpoint; `last.pt` of a folder
+)->Path: # The checkpoint; `last.pt` of a folder, or `best_model.pt` where a kill came before the first `last.pt`
     "Find the file from which to go on."
     path = Path(path)
     if not path.is_dir(): return path
-    found = [o for o in (path/"last.pt", path/"checkpoints"/"last.pt") if o.is_file()]
+    found = [o for n in ("last.pt", "best_model.pt") for o in (path/n, path/"checkpoints"/n) if o.is_file()]
     if not found: raise CheckpointError(f"`{path}` has no `last.pt`, neither in itself nor in `checkpoints`{_others(path/'checkpoints'/'last.pt')}")
     return found[0]
 
@@ -131,7 +131,8 @@ def own_folder(
     "Take a folder for the checkpoints of a run."
     folder = Path(folder)
     mine = source is not None and Path(source).resolve().parent==folder.resolve()
-    return folder if mine or not any(folder.glob("*.pt")) else new_folder(folder.parent, folder.name)
+    taken = any(not o.name.startswith(".") for o in folder.glob("*.pt")) # a write that was killed leaves a hidden draft
+    return new_folder(folder.parent, folder.name) if taken and not mine else folder
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #5325a8d8
 def load_model_state(

@@ -79,11 +79,11 @@ def evaluated(
     model:nn.Module, # Any model; it is left as it was
     loader:Iterable[Batch], # Batches
     loss_fn:Callable|None=None, # Takes (preds, target); None for no losses
-    device:torch.device|None=None, # Where the model is; that of its first parameter if None
+    device:torch.device|str|None=None, # Where the model is; that of its first parameter if None
     own_loss:bool=True # Ask a model with `forward_train` for its losses
 )->Iterator[tuple[Any,Any,Loss|None,Metrics|None]]: # Predictions, targets, losses, the model's own values
     "Run `model` over each batch of `loader`, in evaluation mode and without gradients."
-    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = torch.device(device) if device else next((p.device for p in model.parameters()), torch.device("cpu"))
     scored = hasattr(model, "forward_train") and own_loss or loss_fn is not None and not hasattr(model, "forward_train")
     with evaluating(model):
         for batch in loader:

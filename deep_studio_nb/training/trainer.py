@@ -56,8 +56,14 @@ class Trainer(BaseTrainer):
 def _forward(self:Trainer):
     "Predict and score the batch."
     if not self.steps: self._look()
-    self.preds,self.losses,self.values = forward_train(self.model, self.batch, self.loss_fn)
+    try: self.preds,self.losses,self.values = forward_train(self.model, self.batch, self.loss_fn)
+    except ValueError as e: raise _alone(e, self.step+1)
     self.loss = self.losses.total
+
+def _alone(e:ValueError, step:int)->Exception:
+    "Say in words what torch's batch norm means; leave any other error as it is."
+    if "more than 1 value per channel" not in str(e): return e
+    return DataError(f"The batch of step {step} has a single sample, from which a batch norm cannot learn. Set `drop_last` of the loader, or another `batch_size`, so that no sample is left over.")
 
 @patch
 def _update(self:Trainer):
