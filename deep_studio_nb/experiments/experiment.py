@@ -202,7 +202,8 @@ def resume(cls:Experiment,
     if state['epoch']>=exp.cfg['trainer']['epochs']: raise RunError(_enough(path, state['epoch']))
     exp.trainer.load(path)
     exp.source = path
-    if run and path.name=='last.pt' and name is None: exp.folder = run
+    newest = path.name=='last.pt' or not (path.parent/'last.pt').exists()
+    if run and newest and name is None: exp.folder = run
     return exp
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #e4886b44
