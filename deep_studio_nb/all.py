@@ -77,6 +77,7 @@ from .experiments.provenance import *
 from .experiments.trackers import *
 from .experiments.build import *
 from .experiments.recorder import *
+from .experiments.summary import *
 from .experiments.experiment import *
 from .experiments.trained import *
 from .experiments.runs import *

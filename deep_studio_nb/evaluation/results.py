@@ -59,7 +59,7 @@ def show_confusion(
     counts,k = confusion(ev),len(ev.classes)
     fig = new_picture(1.2+0.42*k, 1.2+0.42*k)
     ax = fig.subplots()
-    ax.imshow(counts/counts.sum(1, keepdim=True).clamp(min=1), cmap='Blues', vmin=0, vmax=1)
+    ax.imshow((counts/counts.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap='Blues', vmin=0, vmax=1)
     long = max(map(len, ev.classes))>2
     ax.set_xticks(range(k), ev.classes, rotation=60 if long else 0, ha='right' if long else 'center', size=8)
     ax.set_yticks(range(k), ev.classes, size=8)
