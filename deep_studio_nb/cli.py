@@ -140,4 +140,4 @@ def list_runs(
 ):
     "List the runs."
     from deep_studio_nb.experiments.runs import runs
-    print(runs(save_dir))
+    print(runs(save_dir) or f'There are no runs in `{save_dir}` yet. Train one, e.g.: deep-studio train configs/quickstart.yaml')

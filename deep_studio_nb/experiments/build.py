@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import Dataset
 from ..common.config import Config
-from ..common.errors import ConfigError, listed
+from ..common.errors import ConfigError, did_you_mean, listed
 from ..common.randomness import seeded
 from ..common.registry import DATASETS, LOADERS, TRAINERS
 from ..data.loaders import BaseDataLoader
@@ -54,7 +54,7 @@ class Splits:
         return {k: o for k,o in dict(train=self.train, valid=self.valid, test=self.test).items() if o is not None}
     def __getitem__(self, split):
         have = self.there()
-        if split not in have: raise ConfigError(f'There is no `{split}` split; this data has {listed(have)}.')
+        if split not in have: raise ConfigError(f'There is no `{split}` split{did_you_mean(split, have) or "."} This data has {listed(have)}.')
         return have[split]
 
 # %% ../../nbs/50_experiments/53_build.ipynb #c52b6f1e

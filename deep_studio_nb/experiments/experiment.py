@@ -23,7 +23,7 @@ from ..evaluation.results import show_confusion, show_results
 from .build import Splits, build_data, build_model, build_trainer, learn_names
 from .provenance import git_state, part_records, versions
 from .recorder import Recorder, remembered, repeat
-from .run_folder import RunFolder, find_run, this_process
+from .run_folder import RunFolder, find_run, now, this_process
 from .summary import near_path, run_summary
 from .trackers import Trackers
 from ..training.base_trainer import BaseTrainer
@@ -140,7 +140,7 @@ def _guarded(self:Experiment):
 @patch
 def _end(self:Experiment, status, **more):
     self.folder.record_files('checkpoints/*.pt', 'images/*.png', 'logs/*')
-    self.folder.update(status=status, **more)
+    self.folder.update(status=status, ended=now(), **more)
     self.recorder.trackers.finish(status)
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #f1320b34

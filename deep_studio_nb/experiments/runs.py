@@ -10,7 +10,7 @@ import hashlib, json, math
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from ..common.errors import RunError
+from ..common.errors import RunError, did_you_mean, listed
 from ..common.files import write_bytes, write_json
 from ..common.tables import Table, cell_text
 from .run_folder import RunFolder, find_run, run_names
@@ -19,7 +19,7 @@ from ..training.history import Monitor
 # %% ../../nbs/50_experiments/56_runs.ipynb #46cacb5e
 def _minutes(record):
     "Minutes between the first and the last word of a run."
-    start,end = (datetime.fromisoformat(record[k]) for k in ('started','updated'))
+    start,end = (datetime.fromisoformat(o) for o in (record['started'],record.get('ended') or record['updated']))
     return round((end-start).total_seconds()/60, 1)
 
 # %% ../../nbs/50_experiments/56_runs.ipynb #0fbd0ca3
@@ -38,6 +38,7 @@ def runs(
     save_dir:str|Path='experiments' # The folder that holds run folders
 ) -> Table: # One row a run, in the order in which they were started
     "List the runs in a folder of experiments."
+    if Path(save_dir).exists() and not Path(save_dir).is_dir(): raise RunError(f'`{save_dir}` is a file. Name the folder that holds the runs.')
     rows = [_row(RunFolder(Path(save_dir)/o)) for o in run_names(save_dir)]
     return Table(row for _,row in sorted(rows, key=lambda o: o[0]))
 
@@ -56,14 +57,19 @@ def _value(record, name):
     if watched[1:]==[name]: return (record.get('best') or {}).get('value')
     return (record.get('at_best') or {}).get(name)
 
-# %% ../../nbs/50_experiments/56_runs.ipynb #ce2a90d0
+# %% ../../nbs/50_experiments/56_runs.ipynb #2c864890
+def _meant(name, record):
+    known = [o for o in record.get('at_best') or () if o not in ('epoch','lr','seconds')]
+    return f'{did_you_mean(name, known)} It has {listed(known)}' if known else ', and no finished epoch'
+
+# %% ../../nbs/50_experiments/56_runs.ipynb #75786932
 def _candidates(folders, monitor):
     found,left = [],[]
     for run in folders:
         try: record = run.read()
         except RunError as e: left.append(f'{run.name}: {e}'); continue
         value = _value(record, monitor.name)
-        if value is None or math.isnan(value): left.append(f'{run.name}: it has no value of `{monitor.name}`')
+        if value is None or math.isnan(value): left.append(f'{run.name}: it has no `{monitor.name}`{_meant(monitor.name, record)}')
         elif not (run.path/'checkpoints'/'best_model.pt').exists(): left.append(f'{run.name}: it has no best_model.pt')
         else: found.append(Candidate(run, record, value))
     return found,left
@@ -116,7 +122,7 @@ def select_best(
     if not folders: raise RunError(f'There are no runs in `{save_dir}` to choose from. Train one, or name a folder with --dir.')
     watch = Monitor(monitor or _common_monitor(folders))
     found,left = _candidates(folders, watch)
-    if not found: raise RunError(f'None of the {len(folders)} runs can be chosen. '+'; '.join(left))
+    if not found: raise RunError('No run can be chosen.\n'+'\n'.join(f'  {o}' for o in left))
     _same_data(found, watch.name)
     ranked = sorted(found, key=lambda o: o.value, reverse=watch.mode=='max')
     why = dict(run=str(ranked[0].run.path), monitor=str(watch), value=ranked[0].value, out_of={o.run.name: o.value for o in ranked})

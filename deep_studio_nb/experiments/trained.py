@@ -90,7 +90,8 @@ def save_predictions(self:Trained,
     ev:Evaluation # What `evaluate` gave
 ) -> Path: # Where the rows are
     "Keep the predictions of a split in the run folder."
-    return ev.save_csv(self.run.file('predictions', f'{ev.split}.csv'))
+    name = ev.split if self.path.name=='best_model.pt' else f'{ev.split}-{self.path.stem}'
+    return ev.save_csv(self.run.file('predictions', f'{name}.csv'))
 
 # %% ../../nbs/50_experiments/55_trained.ipynb #2e3f01b8
 @patch
