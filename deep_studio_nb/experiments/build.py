@@ -95,8 +95,10 @@ def record(self:Splits) -> dict: # `counts` and `fingerprint` by split, `classes
 @patch
 def told(self:Splits) -> str: # e.g. `1,257 train, 270 valid and 270 test samples`
     "Say how much data there is, for people."
-    counts = [f'{n:,} {k}' for k,n in self.counts().items()]
-    return f'{" and ".join([", ".join(counts[:-1]), counts[-1]] if counts[1:] else counts)} samples' if counts else 'data of its own loader'
+    counts = self.counts()
+    words = [f'{n:,} {k}' for k,n in counts.items()]
+    if not words: return 'data of its own loader'
+    return f'{" and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)} sample{"s"*(max(counts.values())>1)}'
 
 # %% ../../nbs/50_experiments/53_build.ipynb #3ad7f7b8
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['Experiment']
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #389c7f24
-import json, sys
+import json, shlex, sys
 from functools import cached_property
 from pathlib import Path
 import torch
@@ -125,7 +125,8 @@ def fit(self:Experiment) -> History: # One row an epoch
     return self.trainer.history
 
 def _enough(what, epochs):
-    return f'`{what}` has had its {epochs} epochs. Ask for more, e.g. `deep-studio train --resume {what} trainer.epochs={2*epochs}`, or `Experiment.resume("{what}", "trainer.epochs={2*epochs}")`.'
+    more = f'trainer.epochs={2*epochs}'
+    return f'`{what}` has had its {epochs} epoch{"s"*(epochs>1)}. Ask for more:\n  deep-studio train --resume {shlex.quote(what)} {more}\nor in a cell:\n  Experiment.resume("{what}", "{more}").fit()'
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #1f29ae28
 @patch
