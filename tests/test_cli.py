@@ -1,5 +1,5 @@
 """The command line as a person meets it: real processes where a process matters, `main` itself everywhere else."""
-import json, os, subprocess, sys
+import json, os, shlex, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +116,21 @@ def test_resume_of_a_finished_run_says_so(here, digits, capsys):
     studio('train', config(digits, trainer=dict(epochs=1)), capsys=capsys)
     code, said = studio('train', '--resume', 'tiny', capsys=capsys)
     assert code == 1 and 'trainer.epochs' in said
+
+
+def test_the_advice_after_a_finished_run_works(here, digits, capsys):
+    studio('train', config(digits, trainer=dict(epochs=1), lr_scheduler=dict(type='OneCycleLR', args=dict(max_lr=.01))), '--name', '한 번', capsys=capsys)
+    code, said = studio('train', '--resume', '한 번', capsys=capsys)
+    assert code == 1 and 'schedule' in said
+    command = next(o for o in said.splitlines() if o.startswith('  deep-studio train'))
+    code, said = studio(*shlex.split(command)[1:], capsys=capsys)
+    assert code == 0, said
+    assert json.loads((here/'experiments/한 번-2/manifest.json').read_text())['epochs'] == 2
+
+
+def test_a_device_that_is_not_there(here, digits, capsys):
+    code, said = studio('train', config(digits), '--device', 'cuda:99', capsys=capsys)
+    assert code == 1 and 'cuda' in said and not (here/'experiments').exists()
 
 
 def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(here, digits):

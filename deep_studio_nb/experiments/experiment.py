@@ -115,7 +115,7 @@ def _tracker_specs(self:Experiment):
 @patch
 def fit(self:Experiment) -> History: # One row an epoch
     "Train into a run folder, and score the best weights; after a stop, go on where it stopped."
-    if self.folder and not self.trainer.left: raise RunError(_enough(near_path(self.folder.path), len(self.trainer.history)))
+    if self.folder and not self.trainer.left: raise RunError(_enough(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
     level = self.cfg['trainer'].get('verbosity', 1)
     with using_threads(self.cfg.get('trainer.threads')):
         with logging_to(None, level), remembered() as said: self._begin()
@@ -124,9 +124,12 @@ def fit(self:Experiment) -> History: # One row an epoch
             self._guarded()
     return self.trainer.history
 
-def _enough(what, epochs):
-    more = f'trainer.epochs={2*epochs}'
-    return f'`{what}` has had its {epochs} epoch{"s"*(epochs>1)}. Ask for more:\n  deep-studio train --resume {shlex.quote(what)} {more}\nor in a cell:\n  Experiment.resume("{what}", "{more}").fit()'
+def _enough(what, epochs, state):
+    "Say how to train longer: a schedule of fixed length cannot go on, but a new run can have a longer one."
+    more,quoted = f'trainer.epochs={2*epochs}',shlex.quote(what)
+    done = f'`{what}` has had its {epochs} epoch{"s"*(epochs>1)}'
+    if 'total_steps' in ((state.get('scheduler') or {}).get('state') or {}): return f'{done}, and its schedule of learning rates ended with them. A longer one is a new run:\n  deep-studio train {quoted}/config.yaml {more}'
+    return f'{done}. Ask for more:\n  deep-studio train --resume {quoted} {more}\nor in a cell:\n  Experiment.resume("{what}", "{more}").fit()'
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #1f29ae28
 @patch
@@ -205,7 +208,7 @@ def resume(cls:Experiment,
     if run and run.status()=='running': raise RunError(f'`{near_path(run.path)}` is still being trained, by process {run.read()["pid"]} on this machine.')
     state = load_checkpoint(path)
     exp = cls(config or _config_of(path, state), *overrides, name=name, device=device)
-    if state['epoch']>=exp.cfg['trainer']['epochs']: raise RunError(_enough(near_path(what), state['epoch']))
+    if state['epoch']>=exp.cfg['trainer']['epochs']: raise RunError(_enough(near_path(run.path if run else path), state['epoch'], state))
     exp.trainer.load(path)
     exp.source = path
     if run and name is None and _is_newest(path): exp.folder = run

@@ -31,7 +31,7 @@ class Recorder(Callback):
         row = trainer.history.rows[-1]
         trainer.history.save_csv(self.folder.file('metrics.csv'))
         self.folder.update(epochs=row['epoch'], steps=trainer.steps, **_best(trainer.history))
-        self.trackers.log(trainer.steps, {k: v for k,v in row.items() if k!='epoch'})
+        self.trackers.log(trainer.steps or row['epoch'], {k: v for k,v in row.items() if k!='epoch'}) # a trainer that counts no steps counts epochs
         if self.drawn is None or monotonic()-self.drawn>self.pause: self.draw(trainer.history)
 
     def draw(self, history):

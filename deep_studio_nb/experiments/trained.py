@@ -100,7 +100,7 @@ def predict_files(self:Trained,
     batch_size:int=64 # Images in a batch
 ) -> tuple[Evaluation,list[BadFile]]: # One row a file, and the files that were left out
     "Predict image files."
-    if self.facts.get('input')!='image': raise DataError(f"This model takes {self.facts.get('input') or 'no known kind of'} inputs, and files can be predicted for images only.")
+    if self.facts.get('input')!='image': raise DataError(f'`{self.title}` was not trained on images, and only image files can be predicted. In Python, call its model: load_trained(...).model(inputs).')
     found,bad = expand_files(files)
     transform = build_transforms(self.cfg.get('transforms') or {}, 'image').get('valid')
     ids,preds,batch = [],[],[]

@@ -62,7 +62,7 @@ def load_state_dict(self:Schedule,
 
 # %% ../../nbs/30_training/33_schedulers.ipynb #32803445
 def run_facts(
-    kind:type, # The scheduler class
+    kind:type|Callable, # The scheduler class, or a function that makes one
     args:Mapping, # What is given
     optimizer:Optimizer, # Whose rates are known
     epochs:int, # Of the run
@@ -71,6 +71,7 @@ def run_facts(
 )->dict: # Values for arguments that are not given
     "What a run knows that a scheduler of this `kind` asks for."
     total = epochs*steps_per_epoch
+    if not isinstance(kind, type): return {'total_steps': total, 'epochs': epochs, 'steps_per_epoch': steps_per_epoch}
     if issubclass(kind, OneCycleLR):
         rates = [g['lr'] for g in optimizer.param_groups]
         return {'max_lr': rates if len(rates)>1 else rates[0]} | ({} if {'epochs','steps_per_epoch'}&set(args) else {'total_steps': total})
