@@ -58,11 +58,16 @@ from .training.optimizers import *
 from .training.schedulers import *
 from .training.passes import *
 from .training.events import *
+from .training.monitor import *
 from .training.history import *
+from .training.run_lines import *
+from .training.views import *
 from .training.progress import *
 from .training.checkpoints import *
 from .training.stopping import *
 from .training.batches import *
+from .training.run_checks import *
+from .training.run_state import *
 from .training.base_trainer import *
 from .training.trainer import *
 from .training.callbacks import *

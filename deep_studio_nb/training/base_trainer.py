@@ -5,42 +5,36 @@
 # %% auto #0
 __all__ = ['BaseTrainer']
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #0d115219
+# %% ../../nbs/30_training/38_base_trainer.ipynb #a48d58f7
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-import math
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import nn
 from ..common.devices import pick_device
-from ..common.errors import CheckpointError, ConfigError, did_you_mean, listed
 from ..common.logs import get_logger
 from ..common.randomness import rng_state, seed_all, set_rng_state
-from ..common.registry import CALLBACKS
-from .batches import begin_order, check_batches, length_of, rest_of
-from .checkpoints import find_checkpoint, link_checkpoint, load_checkpoint, load_model_state, load_part, own_folder, pack_part, save_checkpoint
+from .batches import begin_order, length_of, rest_of
+from .checkpoints import find_checkpoint, load_checkpoint
 from .events import Callback, handlers, order_callbacks
-from .history import History, Monitor, check_monitor
+from .history import History
 from .losses import build_loss
 from .metrics import build_metrics
+from .monitor import Monitor, check_given, pick_monitor
 from .optimizers import build_optimizer
-from .progress import LogSteps, Progress, epoch_line
+from .progress import Progress, add_callback, all_callbacks
+from .run_checks import check_run, plain_values, take_folder, whole_number
+from .run_lines import broken_loss, early_line, epoch_line, stopped_line
+from .run_state import restore_run, run_state, save_state
 from .schedulers import build_scheduler
 from .stopping import stop_signals
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #a4e33d7b
+# %% ../../nbs/30_training/38_base_trainer.ipynb #2fe7ae95
 _log = get_logger("training")
 
-def _whole(name:str, value:Any, least:int)->int:
-    "Return `value` if it is a whole number, `least` or more."
-    if isinstance(value, bool) or not isinstance(value, int) or value<least:
-        raise ConfigError(f"`{name}` is {value!r}, wanted a whole number, {least} or more.")
-    return value
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #ed011da2
 class BaseTrainer:
     "Run epochs and look after them: derive from it and write `_train_epoch(epoch)`, which returns the epoch's values by name."
     def __init__(self,
@@ -64,54 +58,54 @@ class BaseTrainer:
         meta:dict|None=None, # Plain data to keep in every checkpoint
         log_step:int|None=None # Log the loss every n steps
     ):
-        self.epochs,self.early_stop,self.save_period = _whole("epochs", epochs, 1),_whole("early_stop", early_stop, 0),_whole("save_period", save_period, 0)
+        self.epochs,self.early_stop,self.save_period = whole_number("epochs", epochs, 1),whole_number("early_stop", early_stop, 0),whole_number("save_period", save_period, 0)
         self.device,self.seed,self.folder,self.meta = pick_device(device),seed,folder,meta or {}
         self.model,self.train_loader,self.valid_loader = model.to(self.device),train_loader,valid_loader
-        facts = train_loader.facts() if hasattr(train_loader, "facts") else {}
-        self.loss_fn,self.metrics = None if loss is None else build_loss(loss),build_metrics(metrics, facts)
-        if isinstance(self.loss_fn, nn.Module): self.loss_fn.to(self.device)
-        self.history = History(monitor=self._pick_monitor(monitor))
+        self._take_scores(loss, metrics)
+        self.history = History(monitor=pick_monitor(monitor, valid_loader is not None, early_stop))
         self.optimizer = build_optimizer(optimizer or "AdamW", self.model)
         self.scheduler = build_scheduler(scheduler, self.optimizer, self.epochs, self.batches or 0, self.monitor.mode if self.monitor else "min")
-        self.callbacks = [CALLBACKS.build(o) for o in callbacks]
-        if log_step is not None: self.callbacks.append(LogSteps(log_step))
-        if progress: self.callbacks.append(progress if isinstance(progress, Progress) else Progress())
+        self.callbacks = all_callbacks(callbacks, progress, log_step)
         self._begin()
 
-    def _begin(self):
-        "Set the counters of a training that has not begun."
-        self.epoch = self.step = self.steps = 0     # number of the epoch at work, steps done in it, steps in all
-        self.loss = None                            # () loss of the latest step
-        self.improved = self.stopped = False        # whether the latest epoch is the best; whether the run was stopped before its end
-        self._seconds,self._rng,self._order,self._source,self._claimed = 0.,None,None,None,False
-        self._handlers,self._asked,self._stop,self._warned = handlers([]),set(),False,False
-
-    @property
-    def batches(self)->int|None:
-        "Count the batches of an epoch; None if the loader does not know."
-        return length_of(self.train_loader)
-
-    def _train_epoch(self,
-        epoch:int # From 1
-    )->dict[str,float]: # Values by name, `loss` among them
-        "Run one epoch."
-        raise NotImplementedError(f"`{type(self).__name__}` must write `_train_epoch(self, epoch)`, which returns values by name, such as {{'loss': 0.3}}.")
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #eac0fe38
+# %% ../../nbs/30_training/38_base_trainer.ipynb #b8c448d1
 @patch
-def _pick_monitor(self:BaseTrainer, spec:str|None)->Monitor|None:
-    "Turn the argument `monitor` into what decides about the best epoch."
-    if spec is None: spec = "min val_loss" if self.valid_loader is not None else "min loss"
-    if spec!="off": return Monitor(spec)
-    if self.early_stop: raise ConfigError("`early_stop` needs something to watch, but `monitor` is `off`. Set `monitor`, such as `min val_loss`, or `early_stop` to 0.")
-    return None
+def _take_scores(self:BaseTrainer, loss:str|dict|Callable|None, metrics:Iterable|Mapping):
+    "Build the loss function and the metrics."
+    facts = self.train_loader.facts() if hasattr(self.train_loader, "facts") else {}
+    self.loss_fn,self.metrics = None if loss is None else build_loss(loss),build_metrics(metrics, facts)
+    if isinstance(self.loss_fn, nn.Module): self.loss_fn.to(self.device)
+
+# %% ../../nbs/30_training/38_base_trainer.ipynb #b70e9d1f
+@patch
+def _begin(self:BaseTrainer):
+    "Set the counters of a training that has not begun."
+    self.epoch = self.step = self.steps = 0     # number of the epoch at work, steps done in it, steps in all
+    self.loss = None                            # () loss of the latest step
+    self.improved = self.stopped = False        # whether the latest epoch is the best; whether the run was stopped before its end
+    self._seconds,self._rng,self._order,self._source,self._claimed = 0.,None,None,None,False
+    self._handlers,self._asked,self._stop,self._warned = handlers([]),set(),False,False
+
+# %% ../../nbs/30_training/38_base_trainer.ipynb #a952810f
+@patch(as_prop=True)
+def batches(self:BaseTrainer)->int|None:
+    "Count the batches of an epoch; None if the loader does not know."
+    return length_of(self.train_loader)
 
 @patch(as_prop=True)
 def monitor(self:BaseTrainer)->Monitor|None:
     "Return what decides which epoch is the best."
     return self.history.monitor
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #bab89c2c
+# %% ../../nbs/30_training/38_base_trainer.ipynb #a9015fc1
+@patch
+def _train_epoch(self:BaseTrainer,
+    epoch:int # From 1
+)->dict[str,float]: # Values by name, `loss` among them
+    "Run one epoch."
+    raise NotImplementedError(f"`{type(self).__name__}` must write `_train_epoch(self, epoch)`, which returns values by name, such as {{'loss': 0.3}}.")
+
+# %% ../../nbs/30_training/38_base_trainer.ipynb #7f82d207
 @patch
 def _columns(self:BaseTrainer)->list[str]|None:
     "Name the values of the train split that are sure to come; None if that is not known yet."
@@ -120,109 +114,9 @@ def _columns(self:BaseTrainer)->list[str]|None:
 @patch
 def _prepare(self:BaseTrainer):
     "Refuse to begin what could not end well, and take the folder."
-    for name in ("train_loader", "valid_loader"): check_batches(name, getattr(self, name))
-    if (columns := self._columns()) is not None: check_monitor(self.monitor, columns, self.valid_loader is not None)
-    if self.scheduler.wants_value and self.monitor is None:
-        raise ConfigError(f"`{type(self.scheduler.scheduler).__name__}` looks at the monitored value, but `monitor` is `off`. Set `monitor`, such as `min val_loss`.")
+    check_run(self, self._columns())
     if self.folder is None or self._claimed: return
-    wanted,self._claimed = Path(self.folder),True
-    self.folder = own_folder(wanted, self._source)
-    if self.folder!=wanted: _log.warning("`%s` holds the checkpoints of another run, so this one writes to `%s`.", wanted, self.folder)
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #45f17750
-@patch
-def _epoch_state(self:BaseTrainer)->dict:
-    "Return what a subclass must keep to go on within an epoch."
-    return {}
-
-@patch
-def _load_epoch_state(self:BaseTrainer, state:dict):
-    "Take back what `_epoch_state` returned."
-
-@patch
-def state_dict(self:BaseTrainer)->dict: # Tensors and plain data
-    "Gather everything that is needed to go on exactly."
-    best,middle = self.history.best(),self.step>0
-    own = getattr(self.train_loader, "generator", None)
-    return {"epoch": len(self.history), "step": self.step, "steps": self.steps, "batches": self.batches, "seconds": self._seconds, "seed": self.seed,
-            "monitor": str(self.monitor or "off"), "best": best and {"epoch": best["epoch"], "value": best[self.monitor.name]}, "history": self.history.rows,
-            "model": self.model.state_dict(), "optimizer": pack_part(self.optimizer), "scheduler": pack_part(self.scheduler.scheduler),
-            "callbacks": {o.name: pack_part(o) for o in self.callbacks if o.state_dict()},
-            "rng": (self._rng or rng_state()) if middle else None, "within": self._epoch_state() if middle else None,
-            "order": self._order if middle else own.get_state() if own is not None else None, "meta": self.meta}
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #f005221c
-@patch
-def _write(self:BaseTrainer, names:list[str]):
-    "Save the state under each of `names`."
-    if self.folder is None or not names: return
-    first = save_checkpoint(self.folder/names[0], self.state_dict())
-    for o in names[1:]: link_checkpoint(first, self.folder/o)
-
-@patch
-def _save_epoch(self:BaseTrainer):
-    "Save after an epoch: the best if it is, each `save_period`-th, those asked for, and always the last."
-    periodic = self.save_period and self.epoch%self.save_period==0
-    asked,self._asked = sorted(self._asked),set()
-    self._write(["best_model.pt"]*self.improved + [f"epoch_{self.epoch}.pt"]*bool(periodic) + asked + ["last.pt"])
-
-@patch
-def _save_asked(self:BaseTrainer):
-    "Save within an epoch what was asked for."
-    asked,self._asked = sorted(self._asked),set()
-    self._write(asked)
-
-@patch
-def _pause(self:BaseTrainer):
-    "Keep the place within an epoch, and save it."
-    self._rng = rng_state() if self.step else None
-    self._asked.add("last.pt")
-    self._save_asked()
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #6a773b9d
-@patch
-def stop(self:BaseTrainer):
-    "Ask the run to end after the step at work, saving its state."
-    self._stop = True
-
-@patch
-def ask_save(self:BaseTrainer,
-    name:str # File name within `folder`, such as "step_500.pt"
-):
-    "Ask for a checkpoint as soon as all callbacks have had the event at work."
-    self._asked.add(name)
-
-@patch
-def add(self:BaseTrainer,
-    callback:Callback|str|dict # Object, name or spec
-)->BaseTrainer: # The trainer itself
-    "Add a callback, in front of the progress display."
-    place = next((i for i,o in enumerate(self.callbacks) if isinstance(o, Progress)), len(self.callbacks))
-    self.callbacks.insert(place, CALLBACKS.build(callback))
-    return self
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #f0a09c21
-@patch
-def _report(self:BaseTrainer, row:dict):
-    "Log an epoch's line, and once a warning if its loss is no number."
-    shown = any(isinstance(o, Progress) for o in self.callbacks)
-    _log.info("%s", epoch_line(row, self.epochs, self.improved), extra={"shown": shown})
-    bad = [k for k in ("loss", "val_loss") if not math.isfinite(row.get(k, 0.))]
-    if not bad or self._warned: return
-    self._warned = True
-    _log.warning("`%s` is %s in epoch %d. A lower learning rate, clipped gradients or a look at the inputs for NaN usually help.", bad[0], row[bad[0]], row["epoch"])
-
-@patch
-def _say_why(self:BaseTrainer):
-    "Log why a run ended, if not because it was done."
-    if self.stopped:
-        where = f"epoch {len(self.history)+1} after step {self.step} of {self.batches or '?'}" if self.step else f"after epoch {len(self.history)}"
-        saved = f" Everything is in `{self.folder/'last.pt'}`." if self.folder else ""
-        _log.warning("Stopped in %s.%s Call `train()` again to go on%s.", where, saved, ", or `load` that file in a new trainer" if self.folder else "")
-    elif len(self.history)<self.epochs:
-        best = self.history.best()
-        value = f"better than {best[self.monitor.name]:.6g} of epoch {best['epoch']}" if best else "a finite value"
-        _log.info("Stopped early after epoch %d: `%s` was not %s for %d epochs.", len(self.history), self.monitor.name, value, self.waited)
+    self.folder,self._claimed = take_folder(self.folder, self._source),True
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #635ec74f
 @patch
@@ -250,7 +144,7 @@ def left(self:BaseTrainer)->int:
     if self.early_stop and self.waited>=self.early_stop: return 0
     return max(self.epochs-len(self.history), 0)
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #0e5dc466
+# %% ../../nbs/30_training/38_base_trainer.ipynb #4056375e
 @patch
 @contextmanager
 def _running(self:BaseTrainer)->Iterator[None]:
@@ -265,12 +159,13 @@ def _running(self:BaseTrainer)->Iterator[None]:
             finally: self._call("after_fit")
     finally: set_rng_state(kept)
 
+# %% ../../nbs/30_training/38_base_trainer.ipynb #b8597d2d
 @patch
 def _call(self:BaseTrainer, event:str):
     "Tell the callbacks that `event` happens."
     for handler in self._handlers[event]: handler(self)
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #eaf62bc3
+# %% ../../nbs/30_training/38_base_trainer.ipynb #f664c371
 @patch
 def _run_epoch(self:BaseTrainer):
     "Run one epoch, or what is left of it."
@@ -282,8 +177,9 @@ def _run_epoch(self:BaseTrainer):
     values = self._train_epoch(epoch)
     self._seconds += perf_counter()-began
     if values is None and self._stop: return self._pause()
-    self._end_epoch(_plain_values(values, type(self).__name__))
+    self._end_epoch(plain_values(values, type(self).__name__))
 
+# %% ../../nbs/30_training/38_base_trainer.ipynb #d225d89e
 @patch
 def _batches(self:BaseTrainer)->Iterator:
     "Give the batches of the epoch that are still to come."
@@ -292,24 +188,12 @@ def _batches(self:BaseTrainer)->Iterator:
     self._rng = None
     yield from batches
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #7eca491d
-def _plain_values(values:Any, owner:str)->dict[str,float]:
-    "Turn what `_train_epoch` returned into numbers that a checkpoint and a file can hold."
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"`{owner}._train_epoch` returned {values!r}, wanted values by name, such as {{'loss': 0.3}}.")
-    res = {k: v.item() if isinstance(v, Tensor) and v.numel()==1 else v for k,v in values.items() if k not in ("epoch", "lr", "seconds")}
-    res = {k: float(v) if hasattr(v, "__float__") else v for k,v in res.items()}
-    for k,v in res.items():
-        if not isinstance(v, float): raise ConfigError(f"`{owner}._train_epoch` returned {v!r} for `{k}`, wanted a number.")
-    return res
-
+# %% ../../nbs/30_training/38_base_trainer.ipynb #f587bb97
 @patch
 def _end_epoch(self:BaseTrainer, values:dict[str,float]):
     "Put the epoch into the history, move the schedule, tell the callbacks, save."
     row = {"epoch": self.epoch, **values, "lr": float(self.optimizer.param_groups[0]["lr"]), "seconds": round(self._seconds, 3)}
-    if self.monitor and self.monitor.name not in row:
-        hint = did_you_mean(self.monitor.name, values) or "."
-        raise ConfigError(f"`monitor` watches `{self.monitor.name}`, which the epoch did not give{hint} It gave {listed(values)}. Return it from `_train_epoch`, or watch another value.")
+    check_given(self.monitor, row, values)
     self.history.rows.append(row)
     self.improved = row is self.history.best()
     self.step,self._seconds,self._order = 0,0.,None
@@ -317,6 +201,79 @@ def _end_epoch(self:BaseTrainer, values:dict[str,float]):
     self._call("after_epoch")
     self._report(row)
     self._save_epoch()
+
+# %% ../../nbs/30_training/38_base_trainer.ipynb #c479d806
+@patch
+def _report(self:BaseTrainer, row:dict):
+    "Log an epoch's line, and once a warning if its loss is no number."
+    shown = any(isinstance(o, Progress) for o in self.callbacks)
+    _log.info("%s", epoch_line(row, self.epochs, self.improved), extra={"shown": shown})
+    if self._warned or (bad := broken_loss(row)) is None: return
+    self._warned = True
+    _log.warning("`%s` is %s in epoch %d. A lower learning rate, clipped gradients or a look at the inputs for NaN usually help.", bad, row[bad], row["epoch"])
+
+@patch
+def _say_why(self:BaseTrainer):
+    "Log why a run ended, if not because it was done."
+    if self.stopped: _log.warning("%s", stopped_line(self))
+    elif len(self.history)<self.epochs: _log.info("%s", early_line(self))
+
+# %% ../../nbs/30_training/38_base_trainer.ipynb #333b2d7c
+@patch
+def _epoch_state(self:BaseTrainer)->dict:
+    "Return what a subclass must keep to go on within an epoch."
+    return {}
+
+@patch
+def _load_epoch_state(self:BaseTrainer, state:dict):
+    "Take back what `_epoch_state` returned."
+
+@patch
+def state_dict(self:BaseTrainer)->dict: # Tensors and plain data
+    "Gather everything that is needed to go on exactly."
+    return run_state(self)
+
+# %% ../../nbs/30_training/38_base_trainer.ipynb #7e3846f9
+@patch
+def _save_asked(self:BaseTrainer, first:Iterable[str]=(), last:Iterable[str]=()):
+    "Save the state under the names that were asked for, and those in `first` and `last`."
+    names,self._asked = [*first, *sorted(self._asked), *last],set()
+    if names and self.folder is not None: save_state(self.folder, names, self.state_dict())
+
+@patch
+def _save_epoch(self:BaseTrainer):
+    "Save after an epoch: the best if it is, each `save_period`-th, those asked for, and always the last."
+    periodic = self.save_period and self.epoch%self.save_period==0
+    self._save_asked(["best_model.pt"]*self.improved + [f"epoch_{self.epoch}.pt"]*bool(periodic), ["last.pt"])
+
+# %% ../../nbs/30_training/38_base_trainer.ipynb #e9d42792
+@patch
+def _pause(self:BaseTrainer):
+    "Keep the place within an epoch, and save it."
+    self._rng = rng_state() if self.step else None
+    self.ask_save("last.pt")
+    self._save_asked()
+
+# %% ../../nbs/30_training/38_base_trainer.ipynb #3c103da8
+@patch
+def stop(self:BaseTrainer):
+    "Ask the run to end after the step at work, saving its state."
+    self._stop = True
+
+@patch
+def ask_save(self:BaseTrainer,
+    name:str # File name within `folder`, such as "step_500.pt"
+):
+    "Ask for a checkpoint as soon as all callbacks have had the event at work."
+    self._asked.add(name)
+
+@patch
+def add(self:BaseTrainer,
+    callback:Callback|str|dict # Object, name or spec
+)->BaseTrainer: # The trainer itself
+    "Add a callback, in front of the progress display."
+    add_callback(self.callbacks, callback)
+    return self
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #acc3a62a
 @patch
@@ -327,50 +284,9 @@ def load(self:BaseTrainer,
     state = source
     if not isinstance(source, Mapping):
         path = find_checkpoint(source)
-        state = load_checkpoint(path)
-        self._source = path
-    self._check_place(state)
-    load_model_state(self.model, state["model"])
-    load_part("optimizer", self.optimizer, state["optimizer"])
-    load_part("scheduler", self.scheduler.scheduler, state["scheduler"])
-    self._check_schedule()
-    self._load_callbacks(state["callbacks"])
-    self._load_place(state)
+        state,self._source = load_checkpoint(path),path
+    restore_run(self, state)
     return self
-
-@patch
-def _check_place(self:BaseTrainer, state:Mapping):
-    "Refuse a place within an epoch that this loader does not have."
-    if not state["step"] or state["batches"]==self.batches: return
-    raise CheckpointError(f"The checkpoint stopped at step {state['step']} of {state['batches']} in an epoch, but the train loader has {self.batches} batches. "
-                          "Go on with the same data and `batch_size`, or from a checkpoint between epochs such as best_model.pt.")
-
-@patch
-def _check_schedule(self:BaseTrainer):
-    "Refuse a schedule that was made for a shorter run than this one."
-    total,planned = getattr(self.scheduler.scheduler, "total_steps", None),self.epochs*(self.batches or 0)
-    if total is None or total>=planned: return
-    raise CheckpointError(f"The `{type(self.scheduler.scheduler).__name__}` of the checkpoint ends after {total} steps, but this run has {planned}. "
-                          f"A schedule of fixed length cannot be made longer: keep `epochs`, or start a new run from the weights.")
-
-@patch
-def _load_callbacks(self:BaseTrainer, states:dict):
-    "Give each callback its state."
-    mine = {o.name: o for o in self.callbacks}
-    for name,packed in states.items():
-        if name in mine: load_part(f"callback `{name}`", mine[name], packed)
-        else: _log.warning("The checkpoint has the state of a callback `%s`, which this run does not have. It is left out.", name)
-
-@patch
-def _load_place(self:BaseTrainer, state:Mapping):
-    "Put back the history, the counters and the random state."
-    if state["seed"]!=self.seed: _log.warning("The checkpoint was made with seed %s, so the run goes on with that instead of %s.", state["seed"], self.seed)
-    self.history.rows = [dict(o) for o in state["history"]]
-    self.seed,self.step,self.steps,self._seconds,self._rng = state["seed"],state["step"],state["steps"],state["seconds"],state["rng"]
-    self._order,self.epoch = state["order"],len(self.history)
-    own = getattr(self.train_loader, "generator", None)
-    if own is not None and state["order"] is not None: own.set_state(state["order"])
-    if self.step: self._load_epoch_state(state["within"])
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #4120278d
 @patch

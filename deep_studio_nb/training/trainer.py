@@ -11,17 +11,18 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..common.devices import to_device
-from ..common.errors import ConfigError, DataError, StudioError
+from ..common.errors import ConfigError, DataError
 from ..common.randomness import seed_all
 from ..common.registry import TRAINERS
-from ..common.types import Metrics, split_batch
+from ..common.types import Metrics
 from .base_trainer import BaseTrainer
-from .history import check_monitor
-from .losses import build_loss, check_loss
+from .losses import build_loss
 from .metrics import Meter
-from .passes import evaluated, evaluating, forward_train, size_of, target_of
+from .monitor import check_monitor
+from .passes import evaluated, forward_train, size_of, target_of
+from .run_checks import batch_error, check_first_batch
 
-# %% ../../nbs/30_training/38a_trainer.ipynb #1538797d
+# %% ../../nbs/30_training/38a_trainer.ipynb #c6604561
 @TRAINERS.register
 class Trainer(BaseTrainer):
     "Train a model on the batches of a loader, and validate it after each epoch."
@@ -32,39 +33,37 @@ class Trainer(BaseTrainer):
         if self.loss_fn is None and not hasattr(self.model, "forward_train"):
             raise ConfigError(f"`{type(self.model).__name__}` has no `forward_train`, so it needs a `loss`, such as `cross_entropy`.")
 
-    def _train_epoch(self, epoch:int)->dict|None:
-        "Train on the batches of an epoch that are left, then validate; None if stopped in between."
-        if not self.model.training: self.model.train()
-        if not self.step: self.meter.reset()
-        for batch in self._batches():
-            self.batch = to_device(batch, self.device)
-            self._call("before_batch")
-            self._forward()
-            self._call("after_loss")
-            self.loss.backward()
-            self._call("after_backward")
-            self._update()
-            self._call("after_step")
-            self._count()
-            self._call("after_batch")
-            if self._asked: self._save_asked()
-            if self._stop: return None
-        return self._results(epoch)
+# %% ../../nbs/30_training/38a_trainer.ipynb #909db9cf
+@patch
+def _train_epoch(self:Trainer, epoch:int)->dict|None:
+    "Train on the batches of an epoch that are left, then validate; None if stopped in between."
+    if not self.model.training: self.model.train()
+    if not self.step: self.meter.reset()
+    for batch in self._batches():
+        self.batch = to_device(batch, self.device)
+        self._call("before_batch")
+        self._forward()
+        self._call("after_loss")
+        self.loss.backward()
+        self._call("after_backward")
+        self._update()
+        self._call("after_step")
+        self._count()
+        self._call("after_batch")
+        if self._asked: self._save_asked()
+        if self._stop: return None
+    return self._results(epoch)
 
-# %% ../../nbs/30_training/38a_trainer.ipynb #33a42ffe
+# %% ../../nbs/30_training/38a_trainer.ipynb #0eae78ad
 @patch
 def _forward(self:Trainer):
     "Predict and score the batch."
-    if not self.steps: self._look()
+    if not self.steps and not hasattr(self.model, "forward_train"): check_first_batch(self.model, self.batch, self.loss_fn)
     try: self.preds,self.losses,self.values = forward_train(self.model, self.batch, self.loss_fn)
-    except ValueError as e: raise _alone(e, self.step+1)
+    except ValueError as e: raise batch_error(e, self.step+1)
     self.loss = self.losses.total
 
-def _alone(e:ValueError, step:int)->Exception:
-    "Say in words what torch's batch norm means; leave any other error as it is."
-    if "more than 1 value per channel" not in str(e): return e
-    return DataError(f"The batch of step {step} has a single sample, from which a batch norm cannot learn. Set `drop_last` of the loader, or another `batch_size`, so that no sample is left over.")
-
+# %% ../../nbs/30_training/38a_trainer.ipynb #57079d8b
 @patch
 def _update(self:Trainer):
     "Move the weights, forget the gradients, move the schedule if it counts batches."
@@ -72,15 +71,16 @@ def _update(self:Trainer):
     self.optimizer.zero_grad()
     self.scheduler.after_batch()
 
+# %% ../../nbs/30_training/38a_trainer.ipynb #6200cb77
 @patch
 def _count(self:Trainer):
-    "Add the batch to the sums of the epoch. Nothing here waits for the device."
+    "Add the batch to the sums of the epoch."
     self.meter.add(self.losses, self.preds, target_of(self.batch), size_of(self.batch), self.values)
     self.step += 1
     self.steps += 1
     if self.steps==1: self._check_names()
 
-# %% ../../nbs/30_training/38a_trainer.ipynb #8565530a
+# %% ../../nbs/30_training/38a_trainer.ipynb #5b72bc1f
 @patch
 def _results(self:Trainer, epoch:int)->dict|None:
     "Compute the epoch's values on both splits; None if stopped in between."
@@ -90,6 +90,7 @@ def _results(self:Trainer, epoch:int)->dict|None:
     values,valid = self.meter.compute(),self._valid_epoch(epoch)
     return None if valid is None else {**values, **valid}
 
+# %% ../../nbs/30_training/38a_trainer.ipynb #5f2e8cb3
 @patch
 def _valid_epoch(self:Trainer,
     epoch:int # From 1
@@ -99,38 +100,34 @@ def _valid_epoch(self:Trainer,
     self._call("before_validate")
     try:
         seed_all(self.seed, "valid", epoch)
-        meter = Meter(self.metrics)
-        for preds,target,losses,values in evaluated(self.model, self.valid_loader, self.loss_fn, self.device):
-            meter.add(losses, preds, target, _items(target, preds), values)
-            if self._stop: return None
+        res = self._valid_values()
     finally: self._call("after_validate")
-    if not (res := meter.compute()): raise DataError("`valid_loader` gave no batches. A generator can be used up: give a `DataLoader` or a list.")
+    if res is None: return None
+    if not res: raise DataError("`valid_loader` gave no batches. A generator can be used up: give a `DataLoader` or a list.")
     return {f"val_{k}": v for k,v in res.items()}
+
+# %% ../../nbs/30_training/38a_trainer.ipynb #3933ece6
+@patch
+def _valid_values(self:Trainer)->Metrics|None: # Empty without batches; None if stopped in between
+    "Score the model on the valid split."
+    meter = Meter(self.metrics)
+    for preds,target,losses,values in evaluated(self.model, self.valid_loader, self.loss_fn, self.device):
+        meter.add(losses, preds, target, _items(target, preds), values)
+        if self._stop: return None
+    return meter.compute()
 
 def _items(target, preds)->int|None:
     "Count the items of a batch by its targets or predictions."
     return size_of([o for o in (preds, target) if o is not None])
 
-# %% ../../nbs/30_training/38a_trainer.ipynb #fec22290
-@patch
-def _look(self:Trainer):
-    "Check the first batch of a run before anything has changed."
-    if hasattr(self.model, "forward_train"): return
-    inputs,target = split_batch(self.batch)
-    with evaluating(self.model):
-        try: preds = self.model(*inputs)
-        except StudioError: raise
-        except Exception as e:
-            shapes = ", ".join(str(tuple(o.shape)) if isinstance(o, torch.Tensor) else type(o).__name__ for o in inputs)
-            raise DataError(f"`{type(self.model).__name__}` failed on the first batch, whose inputs are {shapes}: {e}") from e
-        check_loss(self.loss_fn, preds, target)
-
+# %% ../../nbs/30_training/38a_trainer.ipynb #c296f4d3
 @patch
 def _columns(self:Trainer)->list[str]|None:
     "Name the values that are sure to come; None for models and metrics that name their values themselves."
     if hasattr(self.model, "forward_train") or any(hasattr(o, "compute") for o in self.metrics.values()): return None
     return self.meter.names()
 
+# %% ../../nbs/30_training/38a_trainer.ipynb #2dacd7ff
 @patch
 def _check_names(self:Trainer):
     "Check the watched name after the first step, if it could not be known before."
