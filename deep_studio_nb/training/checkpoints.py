@@ -30,7 +30,7 @@ def _foreign(value:Any, where:str)->str|None:
     else: return None if type(value) in _PLAIN or isinstance(value, Tensor) else f"`{where}` is a `{type(value).__name__}`"
     return next((o for o in (_foreign(v, k) for k,v in items) if o), None)
 
-# %% ../../nbs/30_training/37_checkpoints.ipynb #a4e69794
+# %% ../../nbs/30_training/37_checkpoints.ipynb #0b5ca106
 def _refusal(state:dict, e:Exception)->CheckpointError:
     "Say what in `state` cannot be kept."
     return CheckpointError(f"The checkpoint was not written: {_foreign(state, 'state') or _first_line(e)}. Keep tensors, numbers, text, lists and dicts in it.")
@@ -41,6 +41,9 @@ def _read_back(path:Path, state:dict):
     except pickle.UnpicklingError as e: raise _refusal(state, e) from None
     if damaged := zipfile.ZipFile(path).testzip(): raise RunError(f"The checkpoint was not written: `{damaged}` in it does not read back. Check the disk.")
 
+def _first_line(e:Exception)->str: return (str(e).splitlines() or [type(e).__name__])[0].rstrip(".")
+
+# %% ../../nbs/30_training/37_checkpoints.ipynb #26add130
 def save_checkpoint(
     path:str|Path, # Replaced as a whole
     state:dict # Tensors and plain data by name
@@ -56,9 +59,7 @@ def save_checkpoint(
         _read_back(draft, state)
     return path
 
-def _first_line(e:Exception)->str: return (str(e).splitlines() or [type(e).__name__])[0].rstrip(".")
-
-# %% ../../nbs/30_training/37_checkpoints.ipynb #5a38cb95
+# %% ../../nbs/30_training/37_checkpoints.ipynb #3bde0d79
 _REFUSED = "Loading that could run code, so it was refused and nothing was run. If it is yours, load it where it was made and save its `state_dict()`"
 
 def _no_zip(path:Path)->str|None:
@@ -68,25 +69,14 @@ def _no_zip(path:Path)->str|None:
     if not start: return "is empty. Take another checkpoint of the run"
     return f"is a bare Python pickle. {_REFUSED}" if start[:1]==b"\x80" else "is no checkpoint. Name a .pt file of a run"
 
+# %% ../../nbs/30_training/37_checkpoints.ipynb #ed435461
 def _unreadable(e:Exception)->str:
     "Turn what torch says about a file into plain words."
     found = re.search(r"(?i)(?:unsupported|instantiate) (?:global:? ?|class:? ?)+`?([\w.]+)", str(e)) if isinstance(e, pickle.UnpicklingError) else None
     if found: return f"holds more than tensors and plain data (`{found[1]}`). {_REFUSED}"
     return "is truncated or damaged. Take another checkpoint of the run, such as best_model.pt"
 
-def load_checkpoint(
-    path:str|Path, # A file that `save_checkpoint` wrote
-    map_location:str|torch.device="cpu" # Device of the tensors
-)->dict: # What was saved
-    "Read a checkpoint; tensors and plain data only, no code is run."
-    path = Path(path)
-    if not path.is_file(): raise CheckpointError(f"There is no checkpoint `{path}`{_others(path)}")
-    if wrong := _no_zip(path): raise CheckpointError(f"`{path}` {wrong}.")
-    try: state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as e:
-        raise CheckpointError(f"`{path}` {_unreadable(e)}.") from e
-    return _checked(path, state)
-
+# %% ../../nbs/30_training/37_checkpoints.ipynb #58a03322
 def _others(path:Path)->str:
     "Say which checkpoints are in the folder of `path`."
     others = sorted(o.name for o in path.parent.glob("*.pt") if not o.name.startswith("."))
@@ -100,6 +90,20 @@ def _checked(path:Path, state:Any)->dict:
     if state["version"]>VERSION:
         raise CheckpointError(f"`{path}` is of version {state['version']}, this program reads up to {VERSION}. Install a newer deep_studio_nb.")
     return state
+
+# %% ../../nbs/30_training/37_checkpoints.ipynb #fcb39105
+def load_checkpoint(
+    path:str|Path, # A file that `save_checkpoint` wrote
+    map_location:str|torch.device="cpu" # Device of the tensors
+)->dict: # What was saved
+    "Read a checkpoint; tensors and plain data only, no code is run."
+    path = Path(path)
+    if not path.is_file(): raise CheckpointError(f"There is no checkpoint `{path}`{_others(path)}")
+    if wrong := _no_zip(path): raise CheckpointError(f"`{path}` {wrong}.")
+    try: state = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as e:
+        raise CheckpointError(f"`{path}` {_unreadable(e)}.") from e
+    return _checked(path, state)
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #24698c3a
 def link_checkpoint(

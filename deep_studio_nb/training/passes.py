@@ -28,19 +28,19 @@ def forward_train(
     value = loss_fn(preds, target)
     return preds, value if isinstance(value, Loss) else Loss({"loss": value}), Metrics()
 
+# %% ../../nbs/30_training/33a_passes.ipynb #315c8849
 def _own_pass(model:nn.Module, batch:Batch)->tuple[Any,Loss,Metrics]:
     "Let the model score itself, and check what it returns."
-    out = model.forward_train(batch)
+    out,name = model.forward_train(batch),type(model).__name__
     if not isinstance(out, tuple) or len(out)!=3:
         what = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a `{type(out).__name__}`"
-        raise ConfigError(f"`{type(model).__name__}.forward_train` returned {what}, wanted `preds, Loss({{...}}), Metrics({{...}})`.")
+        raise ConfigError(f"`{name}.forward_train` returned {what}, wanted `preds, Loss({{...}}), Metrics({{...}})`.")
     preds,losses,own = out
     if isinstance(losses, Tensor): losses = Loss({"loss": losses})
-    if not isinstance(losses, Loss):
-        raise ConfigError(f"`{type(model).__name__}.forward_train` returned a `{type(losses).__name__}` as its losses, wanted a `Loss` or a scalar tensor.")
+    if not isinstance(losses, Loss): raise ConfigError(f"`{name}.forward_train` returned a `{type(losses).__name__}` as its losses, wanted a `Loss` or a scalar tensor.")
     return preds, losses, own
 
-# %% ../../nbs/30_training/33a_passes.ipynb #ae3171ba
+# %% ../../nbs/30_training/33a_passes.ipynb #3377c24d
 def forward_test(
     model:nn.Module, # A plain module, or one with `forward_test(batch)`
     batch:Batch # Inputs, and the targets last
@@ -49,6 +49,7 @@ def forward_test(
     if hasattr(model, "forward_test"): return model.forward_test(batch)
     return model(*split_batch(batch)[0])
 
+# %% ../../nbs/30_training/33a_passes.ipynb #0df1a4cf
 def target_of(
     batch:Batch # As a loader yields it
 )->Any: # The last element of a tuple or list, None for anything else

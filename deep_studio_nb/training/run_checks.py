@@ -9,7 +9,6 @@ __all__ = ['whole_number', 'check_run', 'take_folder', 'check_first_batch', 'bat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-import torch
 from torch import Tensor, nn
 from ..common.errors import ConfigError, DataError, StudioError
 from ..common.logs import get_logger

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..common.errors import ConfigError, DataError, listed
 
-# %% ../../nbs/30_training/31a_running.ipynb #2054b652
+# %% ../../nbs/30_training/31a_running.ipynb #5676493a
 class RunningMean:
     "The mean of values that come in batches."
     keeps = ('parts', 'sizes', 'total', 'count')
@@ -34,10 +34,6 @@ class RunningMean:
         self.count += n
         if len(self.parts)==256: self.total,self.parts,self.sizes = self.sum(),[],[]
 
-    def value(self)->float: # nan without items
-        "The mean of all values so far; this is where the device is waited for."
-        return float(self.sum())/self.count if self.count else math.nan
-
 # %% ../../nbs/30_training/31a_running.ipynb #54c035cc
 @patch
 def sum(self:RunningMean)->Tensor|float: # () on the device of the latest value; 0 without items
@@ -52,7 +48,13 @@ def sum(self:RunningMean)->Tensor|float: # () on the device of the latest value;
     if means: total = total+torch.stack([o for o,_ in means]).to(wide)@torch.tensor([n for _,n in means], dtype=wide, device=device)
     return total
 
-# %% ../../nbs/30_training/31a_running.ipynb #96a2abb9
+# %% ../../nbs/30_training/31a_running.ipynb #64bc4b65
+@patch
+def value(self:RunningMean)->float: # nan without items
+    "The mean of all values so far."
+    return float(self.sum())/self.count if self.count else math.nan
+
+# %% ../../nbs/30_training/31a_running.ipynb #07c78e0c
 class RunningFunction:
     "A metric function, added up over a split."
     keeps = ('mean', 'preds', 'target')
@@ -67,23 +69,6 @@ class RunningFunction:
         "Forget all items."
         self.mean,self.preds,self.target = RunningMean(),[],[]
 
-    def add(self,
-        preds:Tensor, # (n, ...) without gradient
-        target:Tensor, # (n, ...)
-        n:int # Items in this batch
-    )->None:
-        "Take in one batch."
-        if not self.preds:
-            value = self.fn(preds, target)
-            if getattr(value, 'shape', None)==(n,): return self.mean.add(value, n)
-            self._check_single(value, n)
-        self.preds.append(preds)
-        self.target.append(target)
-
-    def value(self)->float: # nan without items
-        "The metric over all items so far."
-        return float(self.fn(torch.cat(self.preds), torch.cat(self.target))) if self.preds else self.mean.value()
-
 # %% ../../nbs/30_training/31a_running.ipynb #27d07def
 @patch
 def _check_single(self:RunningFunction, value:object, n:int)->None:
@@ -91,6 +76,26 @@ def _check_single(self:RunningFunction, value:object, n:int)->None:
     if self.mean.count==0 and (getattr(value, 'ndim', None)==0 or isinstance(value, (int, float))): return
     what = f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)
     raise DataError(f"The metric `{self.name}` returns {what} for {n} items, want ({n},), one value for each item, or () for a number that is computed over all items of a split.")
+
+# %% ../../nbs/30_training/31a_running.ipynb #f3ad7cb9
+@patch
+def add(self:RunningFunction,
+    preds:Tensor, # (n, ...) without gradient
+    target:Tensor, # (n, ...)
+    n:int # Items in this batch
+)->None:
+    "Take in one batch."
+    if not self.preds:
+        value = self.fn(preds, target)
+        if getattr(value, 'shape', None)==(n,): return self.mean.add(value, n)
+        self._check_single(value, n)
+    self.preds.append(preds)
+    self.target.append(target)
+
+@patch
+def value(self:RunningFunction)->float: # nan without items
+    "The metric over all items so far."
+    return float(self.fn(torch.cat(self.preds), torch.cat(self.target))) if self.preds else self.mean.value()
 
 # %% ../../nbs/30_training/31a_running.ipynb #45878c18
 class RunningObject:
@@ -111,27 +116,31 @@ class RunningObject:
         self.metric.reset()
         self.count = 0
 
-    def add(self,
-        preds:Tensor, # (n, ...) without gradient
-        target:Tensor, # (n, ...)
-        n:int # Items in this batch
-    )->None:
-        "Take in one batch."
-        if hasattr(self.metric, 'to') and getattr(self.metric, 'device', preds.device)!=preds.device: self.metric.to(preds.device)
-        self.metric.update(preds, target)
-        self.count += n
+# %% ../../nbs/30_training/31a_running.ipynb #a2d94dca
+@patch
+def add(self:RunningObject,
+    preds:Tensor, # (n, ...) without gradient
+    target:Tensor, # (n, ...)
+    n:int # Items in this batch
+)->None:
+    "Take in one batch."
+    if hasattr(self.metric, 'to') and getattr(self.metric, 'device', preds.device)!=preds.device: self.metric.to(preds.device)
+    self.metric.update(preds, target)
+    self.count += n
 
-    def value(self)->object: # A number, a (k,) tensor or a dict; nan without items
-        "The metric over all items so far."
-        return self.metric.compute() if self.count else math.nan
+@patch
+def value(self:RunningObject)->object: # A number, a (k,) tensor or a dict; nan without items
+    "The metric over all items so far."
+    return self.metric.compute() if self.count else math.nan
 
-# %% ../../nbs/30_training/31a_running.ipynb #be6be4ea
+# %% ../../nbs/30_training/31a_running.ipynb #1954bc97
 @patch
 def state_dict(self:RunningMean|RunningFunction|RunningObject)->dict: # Tensors and plain data
     "All that is needed to go on."
     def plain(o): return dict(o.state_dict()) if hasattr(o, 'state_dict') else list(o) if isinstance(o, list) else o
     return {k: plain(getattr(self, k)) for k in self.keeps}
 
+# %% ../../nbs/30_training/31a_running.ipynb #8d6ff3e0
 @patch
 def load_state_dict(self:RunningMean|RunningFunction|RunningObject,
     state:Mapping # As `state_dict` returned it
