@@ -39,7 +39,7 @@ def main(
     "Run `deep-studio` and exit with its code."
     words = list(sys.argv[1:] if args is None else args)
     debug = '--debug' in words
-    try: code = app([o for o in words if o!='--debug'], standalone_mode=False)
+    try: code = app([o for o in words if o!='--debug'], prog_name='deep-studio', standalone_mode=False)
     except Exception as e:
         if debug: raise
         code = _failed(e)

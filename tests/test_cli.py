@@ -303,6 +303,11 @@ def test_a_folder_that_cannot_be_written(here, digits, capsys):
     assert code == 1 and 'experiments' in said
 
 
+def test_usage_names_the_command_however_it_was_started(here, capsys):
+    code, said = studio('train', capsys=capsys)
+    assert code == 2 and 'Usage: deep-studio train' in said and "Try 'deep-studio train -h'" in said
+
+
 def test_debug_shows_the_traceback(here):
     done = process('train', 'missing.yaml', '--debug', cwd=here)
     assert done.returncode == 1 and 'Traceback' in done.stderr

@@ -215,6 +215,18 @@ def test_files_that_are_no_configs(name, data, words, tmp_path):
     with pytest.raises(ConfigError) as e: Config.load(tmp_path/name)
     assert words in str(e.value)
 
+@pytest.mark.parametrize("suffix,text,found", [
+    ("yaml", "name: a\nbase: nowhere.yaml", "which is no file"), ("yaml", "", "nothing at the top level"), ("yaml", "- a", "a list at the top level"),
+    ("ini", "name = a\n[arch\n", "a line without `=`")])
+def test_what_could_not_be_read_is_not_called_missing(suffix, text, found, tmp_path):
+    problem, = Config(write(tmp_path, suffix, text)).problems
+    assert found in problem.found and problem.place.file!="config" and "did you mean" not in problem.hint
+
+@pytest.mark.parametrize("text,found", [("seed: ${seed}", "`${seed}`, which leads back to itself"), ("seed: ${sed.x}", "`${sed.x}`, which is no key of this config")])
+def test_a_reference_that_leads_nowhere_is_told_once(text, found, tmp_path):
+    problem, = Config(write(tmp_path, "yaml", GOOD["yaml"]+text)).problems
+    assert problem.found==found
+
 @pytest.mark.parametrize("override,key,hint", [
     ("trainer.epoch=9", "trainer.epoch", "did you mean `epochs`?"), ("optimizer.lr=1", "optimizer.lr", "arguments of a part go under `args`: `optimizer.args.lr`"),
     ("trainer.epochs", "", ""), ("=3", "", "write names with dots between, as in `trainer.epochs=3`"), ("trainer.epochs=", "trainer.epochs", "write `trainer.epochs=null` for none, or `trainer.epochs=\"''\"` for an empty text"),

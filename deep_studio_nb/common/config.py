@@ -79,7 +79,12 @@ def __contains__(self:Config, key:str)->bool:
 @patch(as_prop=True)
 def problems(self:Config)->list[Problem]:
     "List what breaks the schema, or was wrong with the writing."
-    return self._doc.problems + schema_problems(self._doc)
+    found = self._doc.problems
+    unread = any(p.key.partition(".")[0] in ("","base") and p.place.file!="command line" for p in found)
+    dangling = {p.key for p in found if p.found.startswith("`${")}
+    return found + [p for p in schema_problems(self._doc) if not (unread and _is_absent(p)) and p.key not in dangling]
+
+def _is_absent(p:Problem)->bool: return p.found.startswith(("nothing, and there", "neither `dataset`"))
 
 @patch(cls_method=True)
 def read(cls:Config,

@@ -188,6 +188,7 @@ def read_config_file(
     text = _text(path, file)
     try: doc = READERS[path.suffix.lower()](text, file)
     except RecursionError: raise config_error([Problem(Place(file), "", "lists and mappings too deep or too many")]) from None
+    doc.places.setdefault((), Place(file))
     if not isinstance(doc.data, dict):
         found = "nothing" if doc.data is None else f"a {'list' if isinstance(doc.data, list) else 'single value'}"
         doc.complain((), f"{found} at the top level", "keys such as `name` and `arch`")

@@ -69,12 +69,12 @@ def with_bases(
         at,path = ("base",i) if isinstance(bases, list) else ("base",),Path(folder)/str(base)
         if not isinstance(base, str): doc.complain(at, found_words(base), "a file name, or a list of them")
         elif path.resolve() in seen: doc.complain(at, f"`{base}`, which builds on this file itself", "another file")
-        elif not path.is_file(): doc.complain(at, f"`{path}`, which is no file", "a config beside this one", _near_file(path))
+        elif not path.is_file(): doc.complain(at, f"`{path}`, which is no file", "a config beside this one", _near_file(path, Path(doc.place(()).file).name))
         else: whole = merge_documents(whole, load_document(path, notes, seen), notes)
     return merge_documents(whole, doc, notes)
 
-def _near_file(path:Path)->str:
-    return did_you_mean(path.name, [o.name for o in path.parent.glob("*.*")]).removeprefix(", ")
+def _near_file(path:Path, beside:str)->str:
+    return did_you_mean(path.name, [o.name for o in path.parent.glob("*.*") if o.name!=beside]).removeprefix(", ")
 
 # %% ../../nbs/00_common/06a_overrides.ipynb #205b1b42
 def load_document(
@@ -162,10 +162,13 @@ def _set(data:Any, path:KeyPath, value:Any)->None:
 
 # %% ../../nbs/00_common/06a_overrides.ipynb #33d93ecf
 def _reference_problem(doc:Document, path:KeyPath, value:str, e:Exception)->Problem:
-    why,choices = str(e).splitlines()[0] if str(e) else "it refers to itself",[dotted(p) for p,_ in leaves(doc.data) if p!=path]
+    usual = dict(InterpolationKeyError="which is no key of this config", RecursionError="which leads back to itself")
+    said = str(e).splitlines()[0] if str(e) else ""
+    why = usual["RecursionError"] if said.startswith("Recursive") or not said else usual.get(type(e).__name__, said)
+    choices = [dotted(p) for p,_ in leaves(doc.data) if p!=path]
     hint = did_you_mean(value.strip("${} "), choices).removeprefix(", ")
     if "oc.env" in value: hint = "set it, or give a default: `${oc.env:NAME,default}`"
-    return Problem(doc.place(path), dotted(path), f"`{value}`: {why}", "the dotted key of another value", hint)
+    return Problem(doc.place(path), dotted(path), f"`{value}`{',' if why.startswith('which') else ':'} {why}", "the dotted key of another value", hint)
 
 # %% ../../nbs/00_common/06a_overrides.ipynb #afdd0904
 def interpolate(

@@ -87,7 +87,7 @@ def parts(
 def _at_type(path:KeyPath, spec:str|dict)->KeyPath: return path if isinstance(spec, str) else path+("type",)
 
 def _name_problem(doc:Document, path:KeyPath, name:str, registry:Registry)->Problem:
-    wanted = [f"one of {listed(registry.names(), 12)}"]*(len(registry)>0) + [f"a name from {listed(registry.libraries)}"]*bool(registry.libraries)
+    wanted = [f"{'one of '*(len(registry)>1)}{listed(registry.names(), 12)}"]*(len(registry)>0) + [f"a name from {listed(registry.libraries)}"]*bool(registry.libraries)
     hint = (did_you_mean(name, registry.names()) or did_you_mean(name, registry.known())).removeprefix(", ")
     if not hint: hint = f"to add your own write it with @{registry.variable}.register and name its module under `imports`"
     return Problem(doc.place(path), dotted(path), f"`{name}`, which is not the name of a {registry.kind}", ", or ".join(wanted), hint)

@@ -174,7 +174,7 @@ def _told(bad, n, root):
 @patch
 def check(self:ImageFolder)->list[BadFile]: # The files left out, and why
     "Decode every image and leave out those that cannot be read."
-    if len(self)>5000: _log.info("All %s images of `%s` are decoded once, to find bad files.", len(self), self.data_dir)
+    if len(self)>5000: _log.info("All %s images of `%s` are decoded once, to find bad files.", f"{len(self):,}", self.data_dir)
     bad,self._checked = find_bad(self.files),True
     if not bad: return bad
     text = _told(bad, len(self), self.data_dir)
