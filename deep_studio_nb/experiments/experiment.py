@@ -88,7 +88,7 @@ def _manifest(self:Experiment) -> dict:
                 data=self.data.record(), monitor=str(monitor) if monitor else 'off', resumed_from=self.source and str(self.source),
                 epochs=0, best=None, **this_process())
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #9503c04d
+# %% ../../nbs/50_experiments/54_experiment.ipynb #b4d77cf6
 @patch
 def _begin(self:Experiment):
     "Make the run folder, with its config, and connect the trainer to it."
@@ -99,19 +99,23 @@ def _begin(self:Experiment):
         self.cfg.save(self.folder.file('config.yaml'))
     if self.recorder is None: self._connect()
 
+# %% ../../nbs/50_experiments/54_experiment.ipynb #d37d0b6f
 @patch
 def _connect(self:Experiment):
+    "Let the trainer save into the folder, and tell the recorder what it does."
     self.recorder = Recorder(self.folder, Trackers([TRACKERS.build(o) for o in self._tracker_specs()]))
     self.trainer.folder = self.folder.path/'checkpoints'
     self.trainer.add(self.recorder)
 
+# %% ../../nbs/50_experiments/54_experiment.ipynb #3e0f08ff
 @patch
 def _tracker_specs(self:Experiment):
+    "List the trackers that the config asks for, in either of its two ways."
     specs = list(self.cfg.get('trackers') or ())
     named = any(o in ('tensorboard',{'type': 'tensorboard'}) for o in specs)
     return [*specs, 'tensorboard'] if self.cfg['trainer'].get('tensorboard') and not named else specs
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #cb38750e
+# %% ../../nbs/50_experiments/54_experiment.ipynb #bac25e68
 @patch
 def fit(self:Experiment) -> History: # One row an epoch
     "Train into a run folder, and score the best weights; after a stop, go on where it stopped."
@@ -124,6 +128,7 @@ def fit(self:Experiment) -> History: # One row an epoch
             self._guarded()
     return self.trainer.history
 
+# %% ../../nbs/50_experiments/54_experiment.ipynb #5bc6eb86
 def _enough(what, epochs, state):
     "Say how to train longer: a schedule of fixed length cannot go on, but a new run can have a longer one."
     more,quoted = f'trainer.epochs={2*epochs}',shlex.quote(what)
@@ -131,7 +136,7 @@ def _enough(what, epochs, state):
     if 'total_steps' in ((state.get('scheduler') or {}).get('state') or {}): return f'{done}, and its schedule of learning rates ended with them. A longer one is a new run:\n  deep-studio train {quoted}/config.yaml {more}'
     return f'{done}. Ask for more:\n  deep-studio train --resume {quoted} {more}\nor in a cell:\n  Experiment.resume("{what}", "{more}").fit()'
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #1f29ae28
+# %% ../../nbs/50_experiments/54_experiment.ipynb #293c82b2
 @patch
 def _guarded(self:Experiment):
     "Train, and let the manifest know how it ended."
@@ -141,15 +146,18 @@ def _guarded(self:Experiment):
         raise
     self._end(status)
 
+# %% ../../nbs/50_experiments/54_experiment.ipynb #6b5c2ef4
 @patch
 def _end(self:Experiment, status, **more):
+    "Write down how the run ended and which files it left, and let the trackers finish."
     self.folder.record_files('checkpoints/*.pt', 'images/*.png', 'logs/*')
     self.folder.update(status=status, ended=now(), **more)
     self.recorder.trackers.finish(status)
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #f1320b34
+# %% ../../nbs/50_experiments/54_experiment.ipynb #2ee3d66e
 @patch
 def _train(self:Experiment) -> str: # finished or stopped
+    "Train the epochs that are left, and score the result unless it was stopped."
     self.folder.update(status='running', error=None, **this_process())
     self.recorder.trackers.start(self.folder.path, self.cfg.data)
     get_logger('run').info('%s on %s, %s', self.folder.name, describe_device(self.device), self.data.told())
@@ -160,6 +168,7 @@ def _train(self:Experiment) -> str: # finished or stopped
     self._score()
     return 'finished'
 
+# %% ../../nbs/50_experiments/54_experiment.ipynb #ed3ae5c2
 @patch(as_prop=True)
 def shows_pictures(self:Experiment) -> bool:
     "Say whether the inputs are images."
@@ -174,7 +183,7 @@ def evaluate(self:Experiment,
     loss,metrics = getattr(self.trainer, 'loss_fn', None),getattr(self.trainer, 'metrics', ())
     return evaluate(self.model, self.data.in_order(split), loss, metrics, self.device, ids=self.data.ids(split), classes=self.data.classes, split=split)
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #36bbaed7
+# %% ../../nbs/50_experiments/54_experiment.ipynb #10d8a444
 @patch
 def _score(self:Experiment):
     "Score the best weights, and keep numbers, rows and pictures."
@@ -188,8 +197,10 @@ def _score(self:Experiment):
     self.folder.update(**{split: dict(ev.metrics)})
     get_logger('run').info('%s: %s', split, ev.metrics)
 
+# %% ../../nbs/50_experiments/54_experiment.ipynb #0ddf4b05
 @patch
 def _draw(self:Experiment, ev):
+    "Save the confusion of classes, and samples beside what the model said."
     if ev.is_classes and len(ev.classes)<=60: save_picture(show_confusion(ev), self.folder.file('figures','confusion.png'))
     if self.shows_pictures: save_picture(show_results(ev, self.data[ev.split].dataset), self.folder.file('figures','results.png'))
 

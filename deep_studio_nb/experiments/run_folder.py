@@ -128,7 +128,13 @@ def _no_run(what, save_dir):
     known = f' Runs in `{save_dir}`: {", ".join(names[-8:])}.' if names else f' There are no runs in `{save_dir}` yet.'
     return RunError(f'`{what}` is neither a run folder nor a checkpoint{did_you_mean(Path(what).name, names) or "."}{known}')
 
-# %% ../../nbs/50_experiments/50_run_folder.ipynb #5aee70fb
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #e57e432a
+def _standing(run):
+    "Say how a run stands, after the words 'the run'."
+    status,error = run.status(),run.read().get('error')
+    return f'failed ({error})' if status=='failed' and error else dict(created='has not begun', killed='was killed', failed='failed').get(status, f'is {status}')
+
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #8f3a80a1
 def find_run(
     what:str|Path, # A run folder, its bare name, or a checkpoint (`.pt`)
     save_dir:str|Path='experiments', # Where bare names are looked up
@@ -143,5 +149,5 @@ def find_run(
     if not (path/'manifest.json').exists(): raise _no_run(what, save_dir)
     order = [prefer, *({'best_model','last'}-{prefer})]
     found = [o for o in (path/'checkpoints'/f'{n}.pt' for n in order) if o.exists()]
-    if not found: raise RunError(f'The run `{path}` has no checkpoint yet: it is {RunFolder(path).status()}. Train it first.')
+    if not found: raise RunError(f'The run `{path}` has no checkpoint: it {_standing(RunFolder(path))}. Train it first.')
     return RunFolder(path),found[0]
