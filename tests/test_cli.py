@@ -267,6 +267,9 @@ def test_predict_names_files_it_cannot_read_and_does_the_others(here, digits, ca
     assert code == 1 and 'bad.png' in said and len(Path('o.csv').read_text().splitlines()) == 2
     code, said = studio('predict', 'tiny', 'nowhere.png', capsys=capsys)
     assert code == 1 and 'nowhere.png' in said
+    (here/'empty folder').mkdir()
+    code, said = studio('predict', 'tiny', 'empty folder', capsys=capsys)
+    assert code == 1 and 'no image to predict in `empty folder`' in said
 
 
 class _Evil:
