@@ -10,6 +10,7 @@ import hashlib, json, math
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from fastcore.basics import patch
 from ..common.errors import RunError, did_you_mean, listed
 from ..common.files import write_bytes, write_json
 from ..common.tables import Table, cell_text
@@ -82,7 +83,7 @@ def _same_data(found, name):
         told = '; '.join(', '.join(v) for v in groups.values())
         raise RunError(f'The `{name}` of these runs was measured on different {split} samples, so it cannot be compared. Runs that belong together: {told}. Name the ones to choose from.')
 
-# %% ../../nbs/50_experiments/56_runs.ipynb #f43729f9
+# %% ../../nbs/50_experiments/56_runs.ipynb #3edc9fd6
 @dataclass
 class Choice:
     "What was chosen, out of what, and why."
@@ -92,12 +93,20 @@ class Choice:
     monitor:str # What decided
     path:Path # Where the winner's model is now
 
-    def __str__(self):
-        first,name = self.ranked[0],self.monitor.split()[1]
-        lines = [str(Table(dict(run=o.run.name, **{name: o.value}, epoch=(o.record.get('best') or {}).get('epoch')) for o in self.ranked))]
-        lines += [f'Left out: {o}' for o in self.left]
-        why = f'has the {"lowest" if self.monitor.startswith("min") else "highest"} {name} of {len(self.ranked)} runs' if len(self.ranked)>1 else f'is the only candidate, {name}'
-        return '\n'.join([*lines, f'{first.run.name} {why}: {cell_text(first.value)}.', f'Its best model is now {self.path}'])
+# %% ../../nbs/50_experiments/56_runs.ipynb #0841a505
+@patch
+def __str__(self:Choice):
+    name = self.monitor.split()[1]
+    lines = [str(Table(dict(run=o.run.name, **{name: o.value}, epoch=(o.record.get('best') or {}).get('epoch')) for o in self.ranked))]
+    lines += [f'Left out: {o}' for o in self.left]
+    return '\n'.join([*lines, f'{self.winner.run.name} {self._why()}: {cell_text(self.winner.value)}.', f'Its best model is now {self.path}'])
+
+@patch
+def _why(self:Choice):
+    "The reason in words, before the number."
+    side,name = self.monitor.split()
+    if len(self.ranked)==1: return f'is the only candidate, {name}'
+    return f'has the {"lowest" if side=="min" else "highest"} {name} of {len(self.ranked)} runs'
 
 # %% ../../nbs/50_experiments/56_runs.ipynb #a2c16313
 def _place(winner, to, why):
@@ -109,6 +118,25 @@ def _place(winner, to, why):
     to.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(to, data)
     write_json(record, dict(why, sha256=hashlib.sha256(data).hexdigest()))
+
+# %% ../../nbs/50_experiments/56_runs.ipynb #9f27aa4f
+def _folder(what, save_dir):
+    "The run that a person means."
+    run,_ = find_run(what, save_dir)
+    if run is None: raise RunError(f'`{what}` is a checkpoint outside a run, so there is nothing to compare it by.')
+    return run
+
+# %% ../../nbs/50_experiments/56_runs.ipynb #601d3f19
+def _common_monitor(folders):
+    "What the runs themselves were watched by."
+    watched = {}
+    for run in folders:
+        try: watched.setdefault(run.read().get('monitor') or 'off', []).append(run.name)
+        except RunError: continue # a damaged manifest has no say; the run is listed as left out
+    watched.pop('off', None)
+    if len(watched)==1: return next(iter(watched))
+    told = '; '.join(f'`{k}`: {", ".join(v)}' for k,v in watched.items())
+    raise RunError(f'The runs do not agree on what to choose by ({told or "none was watched"}). Say it, e.g. --monitor "min val_loss".')
 
 # %% ../../nbs/50_experiments/56_runs.ipynb #7a80dd9b
 def select_best(
@@ -128,20 +156,3 @@ def select_best(
     why = dict(run=str(ranked[0].run.path), monitor=str(watch), value=ranked[0].value, out_of={o.run.name: o.value for o in ranked})
     _place(ranked[0], Path(to), why)
     return Choice(ranked[0], ranked, left, str(watch), Path(to))
-
-# %% ../../nbs/50_experiments/56_runs.ipynb #6b525432
-def _folder(what, save_dir):
-    run,_ = find_run(what, save_dir)
-    if run is None: raise RunError(f'`{what}` is a checkpoint outside a run, so there is nothing to compare it by.')
-    return run
-
-def _common_monitor(folders):
-    "What the runs themselves were watched by."
-    watched = {}
-    for run in folders:
-        try: watched.setdefault(run.read().get('monitor') or 'off', []).append(run.name)
-        except RunError: continue # a damaged manifest has no say; the run is listed as left out
-    watched.pop('off', None)
-    if len(watched)==1: return next(iter(watched))
-    told = '; '.join(f'`{k}`: {", ".join(v)}' for k,v in watched.items())
-    raise RunError(f'The runs do not agree on what to choose by ({told or "none was watched"}). Say it, e.g. --monitor "min val_loss".')
