@@ -17,6 +17,11 @@ app = typer.Typer(name='deep-studio', no_args_is_help=True, add_completion=False
                   help='From a config to a finished experiment.',
                   epilog='--debug, anywhere, shows the traceback of an error.')
 
+# %% ../nbs/80_front/81_cli.ipynb #d852e85d
+def _short(path): # a path as a person would type it
+    try: return os.path.relpath(path) if not os.path.relpath(path).startswith('..') else str(path)
+    except ValueError: return str(path)
+
 # %% ../nbs/80_front/81_cli.ipynb #230ab34a
 def explain(
     e:BaseException # What ended the command
@@ -27,10 +32,17 @@ def explain(
     where = f' (in {_short(last[0].filename)}:{last[0].lineno})' if last else ''
     return f'Error: {type(e).__name__}: {e}{where}\nRun the command again with --debug to see how it got there.'
 
-# %% ../nbs/80_front/81_cli.ipynb #d852e85d
-def _short(path): # a path as a person would type it
-    try: return os.path.relpath(path) if not os.path.relpath(path).startswith('..') else str(path)
-    except ValueError: return str(path)
+# %% ../nbs/80_front/81_cli.ipynb #1300a2d3
+_Usage = typer.BadParameter.__bases__[0] # a mistyped command; typer brings its own click, which has no public name
+
+def _failed(e):
+    "Tell what went wrong, and give the exit code for it."
+    if isinstance(e, typer.Abort): return 130
+    if isinstance(e, _Usage):
+        e.show()
+        return 2
+    print(explain(e), file=sys.stderr)
+    return 1
 
 # %% ../nbs/80_front/81_cli.ipynb #c583a676
 def main(
@@ -45,17 +57,6 @@ def main(
         code = _failed(e)
     except KeyboardInterrupt: code = 130
     return sys.exit(code or 0)
-
-# %% ../nbs/80_front/81_cli.ipynb #173d8736
-_Usage = typer.BadParameter.__bases__[0] # a mistyped command; typer brings its own click, which has no public name
-
-def _failed(e):
-    if isinstance(e, typer.Abort): return 130
-    if isinstance(e, _Usage):
-        e.show()
-        return 2
-    print(explain(e), file=sys.stderr)
-    return 1
 
 # %% ../nbs/80_front/81_cli.ipynb #95a0f3cb
 def split_words(
@@ -88,7 +89,7 @@ def train(
     print(exp.summary())
     return 130 if exp.trainer.stopped else 0
 
-# %% ../nbs/80_front/81_cli.ipynb #24a80562
+# %% ../nbs/80_front/81_cli.ipynb #6965f185
 @app.command('eval')
 def evaluate_run(
     what:str=typer.Argument(metavar='RUN_OR_CHECKPOINT'),

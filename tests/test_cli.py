@@ -133,10 +133,8 @@ def test_a_device_that_is_not_there(here, digits, capsys):
     assert code == 1 and 'cuda' in said and not (here/'experiments').exists()
 
 
-def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(here, digits):
-    cfg = config(digits, trainer=dict(epochs=3), imports=['patient'])
-    # a model that says when it is at work, so that the signal comes in the middle of an epoch and not by the clock
-    (here/'patient.py').write_text('''
+# a model that sends the signal itself, so that it comes in the middle of an epoch and not by the clock
+PATIENT = '''
 import os, signal
 from torch import nn
 from deep_studio_nb.common.registry import MODELS
@@ -147,9 +145,14 @@ class Patient(nn.Module):
         self.net, self.calls = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes)), 0
     def forward(self, x):
         self.calls += self.training
-        if self.training and self.calls == int(os.environ.get('STOP_AT', 0)): os.kill(os.getpid(), signal.SIGINT)
+        if self.training and self.calls == int(os.environ.get('STOP_AT', 0)): os.kill(os.getpid(), getattr(signal, os.environ.get('STOP_BY', 'SIGINT')))
         return self.net(x)
-''')
+'''
+
+
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(here, digits):
+    cfg = config(digits, trainer=dict(epochs=3), imports=['patient'])
+    (here/'patient.py').write_text(PATIENT)
     whole = process('train', cfg, 'arch=Patient', 'name=whole', cwd=here)
     assert whole.returncode == 0, whole.stderr
     cut = process('train', cfg, 'arch=Patient', 'name=cut', cwd=here, STOP_AT='13')
@@ -162,6 +165,27 @@ class Patient(nn.Module):
     go_on = process('train', '--resume', 'experiments/cut', cwd=here)
     assert go_on.returncode == 0, go_on.stderr
     assert same(weights(here/'experiments/whole'), weights(here/'experiments/cut'))
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='SIGKILL')
+def test_a_killed_run_is_seen_as_killed_and_goes_on_exactly(here, digits, capsys):
+    cfg = config(digits, trainer=dict(epochs=3), imports=['patient'])
+    (here/'patient.py').write_text(PATIENT)
+    assert process('train', cfg, 'arch=Patient', 'name=whole', cwd=here).returncode == 0
+    assert process('train', cfg, 'arch=Patient', 'name=cut', cwd=here, STOP_AT='17', STOP_BY='SIGKILL').returncode < 0
+    assert 'killed' in studio('runs', capsys=capsys)[1]
+    assert process('train', '--resume', 'cut', cwd=here).returncode == 0
+    assert same(weights(here/'experiments/whole'), weights(here/'experiments/cut'))
+
+
+def test_two_cannot_train_into_one_folder(here, digits, capsys):
+    from deep_studio_nb.experiments.run_folder import RunFolder
+    studio('train', config(digits, trainer=dict(epochs=1)), capsys=capsys)
+    before = (here/'experiments/tiny/checkpoints/last.pt').read_bytes()
+    with RunFolder('experiments/tiny').claimed(): code, said = studio('train', '--resume', 'tiny', 'trainer.epochs=2', capsys=capsys)
+    assert code == 1 and 'another process' in said
+    assert (here/'experiments/tiny/checkpoints/last.pt').read_bytes() == before
+    assert studio('train', '--resume', 'tiny', 'trainer.epochs=2', capsys=capsys)[0] == 0
 
 
 TEMPLATE = {"name": "Mask_ResNet", "n_gpu": 1, "arch": {"type": "ResNet", "args": {"num_blocks": [3, 4, 6, 3]}},

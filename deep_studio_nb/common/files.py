@@ -6,7 +6,7 @@
 __all__ = ['atomic_path', 'write_bytes', 'write_text', 'write_json', 'safe_name', 'new_folder']
 
 # %% ../../nbs/00_common/03_files.ipynb #3caadb58
-import errno, itertools, json, os, re, secrets, shutil, unicodedata
+import errno, itertools, json, math, os, re, secrets, shutil, unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,7 +91,13 @@ def write_json(
     indent:int|None=2 # Blanks a level, or everything on one line
 )->Path: # The same path
     "Write `data` to `path` as JSON, all or nothing."
-    return write_text(path, json.dumps(data, indent=indent, ensure_ascii=False, default=_plain) + '\n')
+    return write_text(path, json.dumps(_finite(data), indent=indent, ensure_ascii=False, default=_plain, allow_nan=False) + '\n')
+
+def _finite(o:object)->object:
+    "Replace nan and infinity, for which JSON has no word, by null."
+    if isinstance(o, float): return o if math.isfinite(o) else None
+    if isinstance(o, dict): return {k: _finite(v) for k,v in o.items()}
+    return [_finite(v) for v in o] if isinstance(o, (list, tuple)) else o
 
 def _plain(o:object)->str:
     "Turn the one thing that JSON does not know and everybody has, a path, into text."

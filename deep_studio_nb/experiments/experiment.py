@@ -43,7 +43,7 @@ class Experiment:
         extra = [f'{k}={json.dumps(v, ensure_ascii=False)}' for k,v in dict(name=name, device=device).items() if v is not None]
         self.cfg = Config.read(config, *overrides, *extra)
         self.cfg.check()
-        self.folder,self.source,self.recorder = None,None,None
+        self.folder,self.source,self.recorder,self._seen = None,None,None,None
 
     @cached_property
     def device(self) -> torch.device:
@@ -93,7 +93,7 @@ def _manifest(self:Experiment) -> dict:
 def _begin(self:Experiment):
     "Make the run folder, with its config, and connect the trainer to it."
     for o in self.cfg.notes: get_logger('config').info('%s', o)
-    self.trainer
+    self.trainer.check()
     if self.folder is None:
         self.folder = RunFolder.create(self.cfg['trainer']['save_dir'], self.cfg['name'], **self._manifest())
         self.cfg.save(self.folder.file('config.yaml'))
@@ -123,7 +123,8 @@ def fit(self:Experiment) -> History: # One row an epoch
     level = self.cfg['trainer'].get('verbosity', 1)
     with using_threads(self.cfg.get('trainer.threads')):
         with logging_to(None, level), remembered() as said: self._begin()
-        with logging_to(self.folder.file('logs','training.log'), level):
+        with self.folder.claimed(), logging_to(self.folder.file('logs','training.log'), level):
+            self._check_untouched()
             repeat(said)
             self._guarded()
     return self.trainer.history
@@ -174,6 +175,14 @@ def shows_pictures(self:Experiment) -> bool:
     "Say whether the inputs are images."
     return self.data.facts.get('input')=='image'
 
+# %% ../../nbs/50_experiments/54_experiment.ipynb #76d93654
+@patch
+def _check_untouched(self:Experiment):
+    "Refuse to train on from a state that is no longer the newest."
+    seen,self._seen = self._seen,None
+    if seen and self.folder.read()['updated']!=seen:
+        raise RunError(f'`{near_path(self.folder.path)}` has changed since it was loaded. Resume it once more.')
+
 # %% ../../nbs/50_experiments/54_experiment.ipynb #854e79c8
 @patch
 def evaluate(self:Experiment,
@@ -222,7 +231,7 @@ def resume(cls:Experiment,
     if state['epoch']>=exp.cfg['trainer']['epochs']: raise RunError(_enough(near_path(run.path if run else path), state['epoch'], state))
     exp.trainer.load(path)
     exp.source = path
-    if run and name is None and _is_newest(path): exp.folder = run
+    if run and name is None and _is_newest(path): exp.folder,exp._seen = run,run.read()['updated']
     return exp
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #ac466a1b

@@ -7,6 +7,8 @@ __all__ = ['MANIFEST_FORMAT', 'now', 'RunFolder', 'this_process', 'run_names', '
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #3a5d31a4
 import json, os, socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from fastcore.basics import patch
@@ -64,17 +66,47 @@ def read(self:RunFolder) -> dict: # The manifest; see the design page for its ke
         raise RunError(f'`{self.manifest_path}` has format {found!r}, but this version reads format {MANIFEST_FORMAT}.')
     return record
 
-# %% ../../nbs/50_experiments/50_run_folder.ipynb #7cd50557
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #cb8907ad
+def _lock(handle:int, wait:bool=True) -> bool: # Whether it was had
+    "Lock an open file or folder, where the system has such locks; it is let go when the process ends."
+    try: import fcntl
+    except ImportError: return True # Windows: processes are told apart by the manifest alone
+    try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError: return False
+    return True
+
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #918e9dc8
+@patch
+@contextmanager
+def _changing(self:RunFolder) -> Iterator[dict]: # The record; what it is in the end is written
+    while True: # the file may have been replaced between opening and locking it
+        try: handle = os.open(self.manifest_path, os.O_RDONLY)
+        except FileNotFoundError: self.read()
+        _lock(handle)
+        if os.fstat(handle).st_ino==os.stat(self.manifest_path).st_ino: break
+        os.close(handle)
+    try:
+        record = self.read()
+        yield record
+        write_json(self.manifest_path, record | dict(updated=now()))
+    finally: os.close(handle)
+
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #d9ad6dbc
 @patch
 def update(self:RunFolder,
     **changes # Entries to set; the others stay as they are
-) -> dict: # The manifest as it now is on disk
+):
     "Change entries of the manifest, in one atomic write."
-    record = {**self.read(), **changes, 'updated': now()}
-    write_json(self.manifest_path, record)
-    return record
+    with self._changing() as record: record.update(changes)
 
-# %% ../../nbs/50_experiments/50_run_folder.ipynb #ec956420
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #7a55ae5c
+@patch
+def _own(self:RunFolder, found:set[str]):
+    "Add files to the record, if they are not in it."
+    if found<=set(self.read()['files']): return
+    with self._changing() as record: record['files'] = sorted({*record['files'], *found})
+
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #681331cb
 @patch
 def file(self:RunFolder,
     *parts:str # Path below the folder, e.g. `'figures', 'loss_curve.png'`
@@ -82,19 +114,16 @@ def file(self:RunFolder,
     "Give the path of a file that the run is about to write, and record it as the run's own."
     path = self.path.joinpath(*parts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    inside,files = path.relative_to(self.path).as_posix(),self.read()['files']
-    if inside not in files: self.update(files=sorted([*files, inside]))
+    self._own({path.relative_to(self.path).as_posix()})
     return path
 
-# %% ../../nbs/50_experiments/50_run_folder.ipynb #a4fd988f
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #4ec42d4e
 @patch
 def record_files(self:RunFolder,
     *patterns:str # Below the folder, e.g. `'checkpoints/*.pt'`
 ):
     "Record files that a part of the run has written by itself, such as checkpoints."
-    found = {o.relative_to(self.path).as_posix() for p in patterns for o in self.path.glob(p) if o.is_file()}
-    files = self.read()['files']
-    if found-set(files): self.update(files=sorted({*files, *found}))
+    self._own({o.relative_to(self.path).as_posix() for p in patterns for o in self.path.glob(p) if o.is_file()})
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #da3ef18f
 def this_process() -> dict: # `host` and `pid`, for the manifest
@@ -115,6 +144,18 @@ def status(self:RunFolder) -> str: # created, running, stopped, finished, failed
     here = record.get('host')==socket.gethostname()
     if record['status']=='running' and here and not _alive(record['pid']): return 'killed'
     return record['status']
+
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #7329afb4
+@patch
+@contextmanager
+def claimed(self:RunFolder) -> Iterator[None]:
+    "Keep other processes from training into this folder while the block runs."
+    handle = os.open(self.path, os.O_RDONLY) if os.name=='posix' else None # elsewhere a folder cannot be opened
+    try:
+        if handle is not None and not _lock(handle, wait=False): raise RunError(f'`{self.path}` is being trained by another process. Wait for it, or stop it first.')
+        yield
+    finally:
+        if handle is not None: os.close(handle)
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #60bf8855
 def run_names(
@@ -142,7 +183,8 @@ def find_run(
 ) -> tuple[RunFolder|None,Path]: # The run (None for a checkpoint outside one) and the checkpoint's path
     "Find the run and the checkpoint that a person means."
     path = Path(what)
-    if not path.exists() and (Path(save_dir)/path/'manifest.json').exists(): path = Path(save_dir)/path
+    named = Path(save_dir)/path
+    if path.suffix!='.pt' and not (path/'manifest.json').exists() and (named/'manifest.json').exists(): path = named # data may have the run's name
     if path.is_file() and path.suffix=='.pt':
         run = RunFolder(path.parent.parent)
         return (run if path.parent.name=='checkpoints' and run.manifest_path.exists() else None),path

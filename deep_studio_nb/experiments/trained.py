@@ -26,7 +26,7 @@ from ..training.losses import build_loss
 from ..training.metrics import build_metrics
 from ..training.passes import forward_test
 
-# %% ../../nbs/50_experiments/55_trained.ipynb #489a9878
+# %% ../../nbs/50_experiments/55_trained.ipynb #4f10a88a
 @dataclass
 class Trained:
     "A trained model, with what is needed to use it."
@@ -39,10 +39,11 @@ class Trained:
     run:RunFolder|None=None # The run it belongs to
     epoch:int=0 # Epochs that had been trained
 
-    @property
-    def title(self) -> str:
-        "Name the model for people."
-        return f'{self.run.name if self.run else self.path.stem} (epoch {self.epoch})'
+# %% ../../nbs/50_experiments/55_trained.ipynb #d6d2df2c
+@patch(as_prop=True)
+def title(self:Trained) -> str: # e.g. `digits (epoch 7)`
+    "Name the model for people."
+    return f'{self.run.name if self.run else self.path.stem} (epoch {self.epoch})'
 
 # %% ../../nbs/50_experiments/55_trained.ipynb #3953a5fb
 def _bare_arch(config):
@@ -93,6 +94,26 @@ def save_predictions(self:Trained,
     name = ev.split if self.path.name=='best_model.pt' else f'{ev.split}-{self.path.stem}'
     return ev.save_csv(self.run.file('predictions', f'{name}.csv'))
 
+# %% ../../nbs/50_experiments/55_trained.ipynb #71057aee
+def expand_files(
+    files:list[str|Path] # Files and folders
+) -> tuple[list[Path],list[BadFile]]: # Files in natural order, folders replaced by their images; and what is not there
+    "Find the image files that a person means."
+    found,missing = [],[]
+    for o in map(Path, files):
+        if o.is_dir(): found += list_images(o)[0]
+        elif o.exists(): found.append(o)
+        else: missing.append(BadFile(o, 'there is no such file'))
+    return found,missing
+
+# %% ../../nbs/50_experiments/55_trained.ipynb #2da0bdad
+@patch
+def _outputs(self:Trained, batch):
+    "What the model says of some inputs, on the CPU."
+    shapes = {tuple(o.shape) for o in batch}
+    if len(shapes)>1: return torch.cat([self._outputs([o]) for o in batch])
+    with torch.no_grad(): return forward_test(self.model, (torch.stack(batch).to(self.device),None)).cpu()
+
 # %% ../../nbs/50_experiments/55_trained.ipynb #2e3f01b8
 @patch
 def predict_files(self:Trained,
@@ -111,23 +132,3 @@ def predict_files(self:Trained,
         if len(batch)==batch_size: preds.append(self._outputs(batch)); batch = []
     if batch: preds.append(self._outputs(batch))
     return Evaluation(Metrics(), ids, torch.cat(preds) if preds else torch.empty(0), None, self.classes, 'files'),bad
-
-# %% ../../nbs/50_experiments/55_trained.ipynb #75ec4fec
-@patch
-def _outputs(self:Trained, batch):
-    "What the model says of some inputs, on the CPU."
-    shapes = {tuple(o.shape) for o in batch}
-    if len(shapes)>1: return torch.cat([self._outputs([o]) for o in batch])
-    with torch.no_grad(): return forward_test(self.model, (torch.stack(batch).to(self.device),None)).cpu()
-
-# %% ../../nbs/50_experiments/55_trained.ipynb #eb828c50
-def expand_files(
-    files:list[str|Path] # Files and folders
-) -> tuple[list[Path],list[BadFile]]: # Files in natural order, folders replaced by their images; and what is not there
-    "Find the image files that a person means."
-    found,missing = [],[]
-    for o in map(Path, files):
-        if o.is_dir(): found += list_images(o)[0]
-        elif o.exists(): found.append(o)
-        else: missing.append(BadFile(o, 'there is no such file'))
-    return found,missing

@@ -112,9 +112,14 @@ def _columns(self:BaseTrainer)->list[str]|None:
     return None
 
 @patch
-def _prepare(self:BaseTrainer):
-    "Refuse to begin what could not end well, and take the folder."
+def check(self:BaseTrainer):
+    "Refuse to begin what could not end well: loaders without batches, a watched value that will not come."
     check_run(self, self._columns())
+
+@patch
+def _prepare(self:BaseTrainer):
+    "Check, and take the folder."
+    self.check()
     if self.folder is None or self._claimed: return
     self.folder,self._claimed = take_folder(self.folder, self._source),True
 

@@ -71,8 +71,8 @@ def stopped_line(
     "Say where a run was stopped and how to go on."
     done,step = len(trainer.history),trainer.step
     where = f"in epoch {done+1} after step {step} of {trainer.batches or '?'}" if step else f"after epoch {done}"
-    if trainer.folder is None: return f"Stopped {where}. Call `train()` again to go on."
-    return f"Stopped {where}. Everything is in `{trainer.folder/'last.pt'}`. Call `train()` again to go on, or `load` that file in a new trainer."
+    saved = f", everything is in `{trainer.folder/'last.pt'}`" if trainer.folder else ""
+    return f"Stopped {where}{saved}. The same call again goes on from here."
 
 # %% ../../nbs/30_training/35a_run_lines.ipynb #46dd07c0
 def early_line(
