@@ -89,7 +89,8 @@ def _at_type(path:KeyPath, spec:str|dict)->KeyPath: return path if isinstance(sp
 def _name_problem(doc:Document, path:KeyPath, name:str, registry:Registry)->Problem:
     wanted = [f"{'one of '*(len(registry)>1)}{listed(registry.names(), 12)}"]*(len(registry)>0) + [f"a name from {listed(registry.libraries)}"]*bool(registry.libraries)
     hint = (did_you_mean(name, registry.names()) or did_you_mean(name, registry.known())).removeprefix(", ")
-    if not hint: hint = f"to add your own write it with @{registry.variable}.register and name its module under `imports`"
+    if hint: wanted.append(f"one of your own (@{registry.variable}.register, its module under `imports`)")
+    else: hint = f"to add your own write it with @{registry.variable}.register and name its module under `imports`"
     return Problem(doc.place(path), dotted(path), f"`{name}`, which is not the name of a {registry.kind}", ", or ".join(wanted), hint)
 
 # %% ../../nbs/00_common/05b_parts.ipynb #b5448256
