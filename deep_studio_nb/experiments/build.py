@@ -35,7 +35,7 @@ def learn_names():
         package = import_module(f'deep_studio_nb.{layer}')
         for o in pkgutil.iter_modules(package.__path__): import_module(f'{package.__name__}.{o.name}')
 
-# %% ../../nbs/50_experiments/53_build.ipynb #c65b0f9c
+# %% ../../nbs/50_experiments/53_build.ipynb #fdc92121
 @dataclass
 class Splits:
     "The loaders of a run, and what its data says of itself."
@@ -44,18 +44,25 @@ class Splits:
     test:Iterable|None=None # Batches for the test, in a fixed order
     facts:dict=field(default_factory=dict) # What models may ask for: `num_classes`, `in_channels` ...
 
-    @property
-    def classes(self) -> list[str]|None:
-        "Name the classes, or None where there are none."
-        found = getattr(getattr(self.train, 'dataset', None), 'classes', None)
-        return None if found is None else list(found)
-    def there(self) -> dict: # Name to loader, without those that are missing
-        "Give the splits that this data has."
-        return {k: o for k,o in dict(train=self.train, valid=self.valid, test=self.test).items() if o is not None}
-    def __getitem__(self, split):
-        have = self.there()
-        if split not in have: raise ConfigError(f'There is no `{split}` split{did_you_mean(split, have) or "."} This data has {listed(have)}.')
-        return have[split]
+# %% ../../nbs/50_experiments/53_build.ipynb #91fb68a6
+@patch(as_prop=True)
+def classes(self:Splits) -> list[str]|None:
+    "Name the classes, or None where there are none."
+    found = getattr(getattr(self.train, 'dataset', None), 'classes', None)
+    return None if found is None else list(found)
+
+# %% ../../nbs/50_experiments/53_build.ipynb #a822e249
+@patch
+def there(self:Splits) -> dict: # Name to loader, without those that are missing
+    "Give the splits that this data has."
+    return {k: o for k,o in dict(train=self.train, valid=self.valid, test=self.test).items() if o is not None}
+
+# %% ../../nbs/50_experiments/53_build.ipynb #b07966b5
+@patch
+def __getitem__(self:Splits, split):
+    have = self.there()
+    if split not in have: raise ConfigError(f'There is no `{split}` split{did_you_mean(split, have) or "."} This data has {listed(have)}.')
+    return have[split]
 
 # %% ../../nbs/50_experiments/53_build.ipynb #c52b6f1e
 def build_dataset(
@@ -78,20 +85,23 @@ def build_data(
     ask = lambda name: getattr(train, name)() if hasattr(train, name) else None
     return Splits(train, ask('split_validation'), ask('split_test'), ask('facts') or {})
 
-# %% ../../nbs/50_experiments/53_build.ipynb #9b51cb95
+# %% ../../nbs/50_experiments/53_build.ipynb #bfe3afcc
 @patch
 def counts(self:Splits) -> dict[str,int]: # Split to number of samples
     "Count the samples of each split whose loader tells."
     sets = {k: getattr(o, 'dataset', None) for k,o in self.there().items()}
     return {k: len(o) for k,o in sets.items() if hasattr(o, '__len__')}
 
+# %% ../../nbs/50_experiments/53_build.ipynb #71f27939
 @patch
 def record(self:Splits) -> dict: # `counts` and `fingerprint` by split, `classes`, kind of `input`, `folder` of the files
     "Say what this data is, for the manifest."
     sets = {k: o.dataset for k,o in self.there().items() if hasattr(o, 'dataset')}
     folder = getattr(sets['train'], 'data_dir', None) if 'train' in sets else None
-    return dict(counts=self.counts(), classes=self.classes, input=self.facts.get('input'), folder=folder and str(folder), fingerprint={k: o.fingerprint() for k,o in sets.items() if hasattr(o, 'fingerprint')})
+    return dict(counts=self.counts(), classes=self.classes, input=self.facts.get('input'), folder=folder and str(folder),
+                fingerprint={k: o.fingerprint() for k,o in sets.items() if hasattr(o, 'fingerprint')})
 
+# %% ../../nbs/50_experiments/53_build.ipynb #f6369b83
 @patch
 def told(self:Splits) -> str: # e.g. `1,257 train, 270 valid and 270 test samples`
     "Say how much data there is, for people."
@@ -100,7 +110,7 @@ def told(self:Splits) -> str: # e.g. `1,257 train, 270 valid and 270 test sample
     if not words: return 'data of its own loader'
     return f'{" and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)} sample{"s"*(max(counts.values())>1)}'
 
-# %% ../../nbs/50_experiments/53_build.ipynb #3ad7f7b8
+# %% ../../nbs/50_experiments/53_build.ipynb #3b1cdea3
 @patch
 def in_order(self:Splits,
     split:str # train, valid or test
@@ -110,6 +120,7 @@ def in_order(self:Splits,
     if split!='train' or not isinstance(loader, BaseDataLoader): return loader
     return BaseDataLoader(loader.dataset.using('valid'), loader.batch_size, shuffle=False, num_workers=loader.num_workers)
 
+# %% ../../nbs/50_experiments/53_build.ipynb #828cfddf
 @patch
 def ids(self:Splits,
     split:str # train, valid or test
