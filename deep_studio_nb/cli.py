@@ -9,7 +9,7 @@ __all__ = ['app', 'explain', 'main', 'split_words', 'train', 'evaluate_run', 'pr
 import os, sys, traceback
 from pathlib import Path
 import typer
-from .common.errors import DataError, StudioError, listed
+from .common.errors import StudioError
 
 # %% ../nbs/80_front/81_cli.ipynb #234e1b84
 app = typer.Typer(name='deep-studio', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -115,7 +115,6 @@ def predict(
     from deep_studio_nb.experiments.trained import load_trained
     trained = load_trained(what, device=device)
     ev,bad = trained.predict_files(files)
-    if not len(ev) and not bad: raise DataError(f'There is no image to predict in {listed(files)}. Name image files, or folders that hold some.')
     if out and len(ev): print(f'{len(ev):,} predictions: {_short(ev.save_csv(out))}')
     elif len(ev): print(ev.table(None))
     for o in bad: print(f'Left out: {o}', file=sys.stderr)

@@ -283,6 +283,17 @@ def test_eval_predict_select_and_runs(here, digits, capsys):
     assert code == 0 and 'tiny' in said and 'wide' in said
 
 
+def test_select_best_leaves_out_what_never_got_far(here, digits, capsys):
+    cfg = config(digits, trainer=dict(epochs=1))
+    studio('train', cfg, capsys=capsys)
+    Path('own_parts.py').write_text('from torch import nn\nfrom deep_studio_nb.common.registry import MODELS\n@MODELS.register\nclass Late(nn.Module):\n'
+                                    '    def __init__(self):\n        super().__init__()\n        self.w = nn.Linear(1, 1)\n    def forward(self, x): return x/0+self.w\n')
+    assert studio('train', cfg, 'arch=Late', 'imports=[own_parts]', 'name=late', capsys=capsys)[0] == 1
+    assert 'failed' in studio('runs', capsys=capsys)[1]
+    code, said = studio('select-best', *sorted(map(str, (here/'experiments').iterdir())), capsys=capsys)
+    assert code == 0 and 'late' in said and 'tiny is the only candidate' in said, said
+
+
 def test_predict_names_files_it_cannot_read_and_does_the_others(here, digits, capsys):
     studio('train', config(digits, trainer=dict(epochs=1)), capsys=capsys)
     (here/'bad.png').write_text('no image')

@@ -15,7 +15,7 @@ from ..common.errors import RunError, did_you_mean, listed
 from ..common.files import write_bytes, write_json
 from ..common.tables import Table, cell_text
 from .run_folder import RunFolder, find_run, run_names
-from ..training.history import Monitor
+from ..training.monitor import Monitor
 
 # %% ../../nbs/50_experiments/56_runs.ipynb #46cacb5e
 def _minutes(record):
@@ -121,7 +121,9 @@ def _place(winner, to, why):
 
 # %% ../../nbs/50_experiments/56_runs.ipynb #9f27aa4f
 def _folder(what, save_dir):
-    "The run that a person means."
+    "The run that a person means; one without a checkpoint is named later, among those that cannot win."
+    for o in (Path(what),Path(save_dir)/what):
+        if (o/'manifest.json').exists(): return RunFolder(o)
     run,_ = find_run(what, save_dir)
     if run is None: raise RunError(f'`{what}` is a checkpoint outside a run, so there is nothing to compare it by.')
     return run

@@ -123,11 +123,12 @@ def predict_files(self:Trained,
     "Predict image files."
     if self.facts.get('input')!='image': raise DataError(f'`{self.title}` was not trained on images, and only image files can be predicted. In Python, call its model: load_trained(...).model(inputs).')
     found,bad = expand_files(files)
+    if not found and not bad: raise DataError(f'There is no image to predict in {listed(map(str, files))}. Name image files, or folders that hold some.')
     transform = build_transforms(self.cfg.get('transforms') or {}, 'image').get('valid')
     ids,preds,batch = [],[],[]
     for path in found:
         try: batch.append(transform(read_image(path, self.facts['mode'])))
-        except DataError: bad += find_bad([path]); continue
+        except DataError as e: bad += find_bad([path]) or [BadFile(path, str(e))]; continue
         ids.append(str(path))
         if len(batch)==batch_size: preds.append(self._outputs(batch)); batch = []
     if batch: preds.append(self._outputs(batch))
