@@ -80,3 +80,13 @@ def test_the_config_example_runs(workplace):
         (workplace/'my_nets.py').write_text(f'from torch import nn\nfrom deep_studio_nb.all import MODELS\n\n{klass}', encoding='utf-8')
         (workplace/'my.yaml').write_text(config, encoding='utf-8')
         run(workplace, '-c', 'from deep_studio_nb.cli import main; main()', 'train', 'my.yaml')
+
+def test_measured_numbers_are_those_of_the_benchmarks():
+    "Every number with decimals under 'What it costs', in both languages, stands in a table that a script wrote."
+    measured = '\n'.join(o.read_text(encoding='utf-8') for o in sorted((ROOT/'benchmarks').glob('*.md')))
+    for title in ('What it costs', '비용'):
+        section = README.split(f'### {title}\n')[1].split('\n### ')[0]
+        numbers = re.findall(r'\d+\.\d+', section)
+        assert len(numbers) > 8
+        missing = [o for o in numbers if o not in measured]
+        assert not missing, f'{title}: {missing}'
