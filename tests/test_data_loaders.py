@@ -254,6 +254,16 @@ def test_workers_leave_ctrl_c_to_the_main_process(photos):
     assert same(got, want)
 
 
+@pytest.mark.parametrize('context', ['fork', 'spawn'])
+def test_ctrl_c_never_reaches_a_worker_that_is_just_starting(photos, context):
+    "The signal comes right after the start, long before the worker runs any code of ours."
+    loader = BaseDataLoader(photos, 2, num_workers=2, seed=5)
+    loader.multiprocessing_context = context
+    batches = iter(loader)
+    for o in loader._iterator._workers: os.kill(o.pid, signal.SIGINT)
+    assert same(list(batches), list(BaseDataLoader(photos, 2, seed=5)))
+
+
 def test_a_custom_collate_sees_the_samples(photos):
     loader = BaseDataLoader(photos, 4, collate_fn=lambda samples: [y for _, y in samples], validation_split=4)
     assert sorted(sum(map(list, loader), [])) == [0]*9 + [1]*9

@@ -8,6 +8,8 @@ __all__ = ['BaseDataLoader', 'DataLoader']
 # %% ../../nbs/10_data/19_loaders.ipynb #dc5d8ca1
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import torch
@@ -45,11 +47,21 @@ def _divide(ds, amount, seed):
     train,out = hold_out(len(ds), n_out, ds.targets(), seed)
     return ds.subset(train),ds.subset(out).using('valid')
 
-# %% ../../nbs/10_data/19_loaders.ipynb #050d5883
+# %% ../../nbs/10_data/19_loaders.ipynb #905ee401
 def _in_worker(worker):
     "Leave Ctrl-C to the main process."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+@contextmanager
+def _holding_ctrl_c()->Iterator[None]:
+    "Deliver Ctrl-C after the block, and never to processes started in it."
+    if not hasattr(signal, 'pthread_sigmask'): return (yield)   # Windows: workers ignore it a moment after their start
+    ensure_running()   # the helper process that multiprocessing starts with the first worker; doing so ends any holding back
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+# %% ../../nbs/10_data/19_loaders.ipynb #3d16c48d
 class BaseDataLoader(torch_data.DataLoader):
     "Give batches of `dataset`, in an order and with draws that follow from seed and epoch."
     def __init__(self,
@@ -96,7 +108,9 @@ def _loaded(self:BaseDataLoader, batches):
 
 @patch
 def __iter__(self:BaseDataLoader)->Iterator:
-    return self._gathered(self.sampler.take()[0]) if self.gathers else self._loaded(super(BaseDataLoader, self).__iter__())
+    if self.gathers: return self._gathered(self.sampler.take()[0])
+    with _holding_ctrl_c() if self.num_workers else nullcontext(): batches = super(BaseDataLoader, self).__iter__()
+    return self._loaded(batches)
 
 # %% ../../nbs/10_data/19_loaders.ipynb #8bf28d83
 @patch
