@@ -53,10 +53,10 @@ def _in_worker(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 @contextmanager
-def _holding_ctrl_c()->Iterator[None]:
-    "Deliver Ctrl-C after the block, and never to processes started in it."
+def _without_ctrl_c()->Iterator[None]:
+    "Let processes that are started in the block never hear Ctrl-C."
     if not hasattr(signal, 'pthread_sigmask'): return (yield)   # Windows: workers ignore it a moment after their start
-    ensure_running()   # the helper process that multiprocessing starts with the first worker; doing so ends any holding back
+    ensure_running()   # the helper process that multiprocessing starts with the first worker; doing so would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -109,7 +109,7 @@ def _loaded(self:BaseDataLoader, batches):
 @patch
 def __iter__(self:BaseDataLoader)->Iterator:
     if self.gathers: return self._gathered(self.sampler.take()[0])
-    with _holding_ctrl_c() if self.num_workers else nullcontext(): batches = super(BaseDataLoader, self).__iter__()
+    with _without_ctrl_c() if self.num_workers else nullcontext(): batches = super(BaseDataLoader, self).__iter__()
     return self._loaded(batches)
 
 # %% ../../nbs/10_data/19_loaders.ipynb #8bf28d83
