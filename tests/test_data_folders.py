@@ -116,9 +116,9 @@ def test_splits_of_a_checked_folder_are_checked(tmp_path):
 
 
 def test_a_split_is_decoded_once(tmp_path, monkeypatch):
-    from deep_studio_nb.data import image_folder
+    from deep_studio_nb.data import image_dataset
     ds, calls = ImageFolder(folder(tmp_path, {'train/a': 2, 'valid/a': 1})), []
-    monkeypatch.setattr(image_folder, 'find_bad', lambda files: calls.append(len(files)) or [])
+    monkeypatch.setattr(image_dataset, 'find_bad', lambda files: calls.append(len(files)) or [])
     ds.check()
     loader = BaseDataLoader(ds, 2)
     for _ in range(3): loader.split_validation()
