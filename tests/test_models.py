@@ -23,8 +23,8 @@ FAMILY = ['ResNet18', 'ResNet34', 'ResNet50', 'ResNet101', 'ResNet152']
 
 LIGHT = [name for name in OURS if name not in ('ResNet101', 'ResNet152')]  # the blocks of ResNet50, and seconds a step
 
-FACTS = dict(num_classes=3, in_channels=2, in_features=2*32*32)
-ARGS = {'ResNet': dict(num_blocks=[1,1])}  # what a model needs beyond the facts
+FACTS = dict(num_classes=3, in_channels=2, in_features=2*32*32, num_numbers=4, category_sizes=[3,5], vocab_size=20, pad_id=0)
+ARGS = {'ResNet': dict(num_blocks=[1,1]), 'TableNet': dict(dropout=0.), 'UNet': dict(width=16, depth=2)}  # what a model needs beyond the facts
 
 
 def make(name):
@@ -32,39 +32,44 @@ def make(name):
     return create_model({'type':name, 'args':ARGS.get(name, {})}, facts=FACTS)
 
 
-def items():
-    return torch.rand(4,2,32,32, generator=torch.Generator().manual_seed(1)), torch.tensor([0,1,2,1])
+def items(name=''):
+    "Four items as `name` takes them, and their classes."
+    gen,y = torch.Generator().manual_seed(1),torch.tensor([0,1,2,1])
+    if name=='TableNet': return (torch.rand(4,4, generator=gen), torch.stack([torch.randint(0, o, (4,), generator=gen) for o in (3,5)], 1)), y
+    if name in ('TextCNN','BagOfWords'): return (torch.randint(1, 20, (4,12), generator=gen),), y
+    x = torch.rand(4,2,32,32, generator=gen)
+    return (x,), (x[:,0]*3).long() if name=='UNet' else y
 
 
 @pytest.mark.parametrize('name', OURS)
 def test_a_model_gives_logits_for_what_the_data_says(name):
-    model = make(name).eval()
-    with torch.no_grad(): assert model(items()[0]).shape == (4,3)
+    model,(x,y) = make(name).eval(),items(name)
+    with torch.no_grad(): assert model(*x).shape == (4,3,*y.shape[1:])
 
 
 @pytest.mark.parametrize('name', OURS)
 def test_gradient_reaches_every_parameter(name):
-    model,(x,y) = make(name),items()
-    F.cross_entropy(model(x), y).backward()
+    model,(x,y) = make(name),items(name)
+    F.cross_entropy(model(*x), y).backward()
     assert [k for k,p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 @pytest.mark.parametrize('name', LIGHT)
 def test_state_makes_the_same_model_again(name, tmp_path):
-    model,(x,_) = make(name),items()
-    model(x)  # moves running means
+    model,(x,_) = make(name),items(name)
+    model(*x)  # moves running means
     torch.save(model.state_dict(), tmp_path/'model.pt')
     other = create_model({'type':name, 'args':ARGS.get(name, {})}, facts=FACTS)
     other.load_state_dict(torch.load(tmp_path/'model.pt', weights_only=True))
-    with torch.no_grad(): assert torch.equal(other.eval()(x), model.eval()(x))
+    with torch.no_grad(): assert torch.equal(other.eval()(*x), model.eval()(*x))
 
 
 @pytest.mark.parametrize('name', LIGHT)
 def test_a_model_learns_four_items_by_heart(name):
-    model,(x,y) = make(name),items()
+    model,(x,y) = make(name),items(name)
     opt = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(60):
-        loss = F.cross_entropy(model(x), y)
+    for _ in range(300):
+        loss = F.cross_entropy(model(*x), y)
         if loss<0.05: break
         opt.zero_grad()
         loss.backward()
@@ -76,7 +81,7 @@ def test_a_model_learns_four_items_by_heart(name):
 def test_the_summary_counts_every_parameter_and_changes_nothing(name):
     model = make(name)
     before = {k:v.clone() for k,v in model.state_dict().items()}
-    res = summary(model, items()[0])
+    res = summary(model, items(name)[0])
     assert res.params == sum(p.numel() for p in model.parameters()) == sum(o.params for o in res.rows)
     assert not res.unused and res.ops == sum(o.ops for o in res.rows) > 0
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())

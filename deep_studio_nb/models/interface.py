@@ -23,7 +23,7 @@ def check_sizes(
         if not isinstance(size, Integral) or isinstance(size, bool) or size<1:
             raise ConfigError(f"`{name}` of `{owner}` is {size!r}, want a whole number, 1 or more.")
 
-# %% ../../nbs/20_models/20_interface.ipynb #e0e0ac91
+# %% ../../nbs/20_models/20_interface.ipynb #fe502d8c
 def create_model(
     name:str|dict|nn.Module, # A registered name, a `{type, args}` spec, or a model, which is returned as it is
     *args, # Positional arguments of the model
@@ -31,10 +31,16 @@ def create_model(
     **kwargs # Arguments of the model
 )->nn.Module:
     "Build the model called `name`, with `facts` for the arguments that it names and the call leaves out."
-    if isinstance(name, (str, Mapping)): kwargs |= _torchvision_facts(name, kwargs, facts or {})
+    facts = _with_outputs(facts or {})
+    if isinstance(name, (str, Mapping)): kwargs |= _torchvision_facts(name, kwargs, facts)
     model = MODELS.build(name, *args, facts=facts, **kwargs)
     if isinstance(model, nn.Module): return model
     raise ConfigError(f"`{name}` gives a {type(model).__name__}, want an `nn.Module`. Register a module class, or a function that returns a module.")
+
+# %% ../../nbs/20_models/20_interface.ipynb #73bbdbba
+def _with_outputs(facts:dict)->dict:
+    "`facts` with `num_classes`, which is the number of outputs where there are no classes."
+    return {'num_classes': facts['out_features'], **facts} if 'out_features' in facts else facts
 
 # %% ../../nbs/20_models/20_interface.ipynb #7f4b0528
 def _torchvision_facts(
