@@ -343,7 +343,9 @@ def facts(self:Subset)->dict[str,Any]: return self._whole().facts()
 def decode(self:Subset, x:Any)->Tensor|str: return self._whole().decode(x)
 
 @patch(as_prop=True)
-def show(self:Subset)->Callable|None: return self._whole().show
+def show(self:Subset)->Callable|None:
+    "Draw samples the way the source does."
+    return self._whole().show
 
 # %% ../../nbs/10_data/10_samples.ipynb #0aa71a2d
 @patch
