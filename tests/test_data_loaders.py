@@ -289,4 +289,4 @@ def test_streams_are_refused():
 def test_labels_keep_their_names_in_a_subset(photos):
     loader = BaseDataLoader(photos, 4, validation_split=0.5)
     assert loader.classes == loader.split_validation().classes == ['a', 'b']
-    assert loader.facts() == dict(input='image', in_features=192, in_channels=3, image_size=[8, 8], num_classes=2, mode='RGB')
+    assert loader.facts() == dict(input='image', in_features=192, in_channels=3, image_size=[8, 8], num_classes=2, mode='RGB', task='classes', class_counts=[5, 6])

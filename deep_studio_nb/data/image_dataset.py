@@ -15,6 +15,7 @@ from ..common.errors import DataError
 from ..common.logs import get_logger
 from .image_files import BadFile, find_bad, guess_mode, read_image
 from .samples import BaseDataset
+from .tensors import label_names, target_facts
 from .transforms import ToTensor
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #4fb07c1b
@@ -88,11 +89,17 @@ def content_id(self:ImageDataset,
     try: return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e: raise DataError(f"`{path}` cannot be read: {e.strerror or e}.") from e
 
+# %% ../../nbs/10_data/13_image_dataset.ipynb #75ddbfd1
+@patch
+def target_name(self:ImageDataset, y:Any)->str:
+    y = y.tolist() if hasattr(y, 'tolist') else y
+    return label_names(y, self.classes) if isinstance(y, (list,tuple)) and self.classes is not None else super(ImageDataset, self).target_name(y)
+
 # %% ../../nbs/10_data/13_image_dataset.ipynb #27f1e84c
 @patch
-def facts(self:ImageDataset)->dict[str,Any]: # As `BaseDataset.facts`, and `mode`
+def facts(self:ImageDataset)->dict[str,Any]: # As `BaseDataset.facts`, `mode` and `target_facts`
     "Tell what a model may want to know about the images."
-    return {**super(ImageDataset, self).facts(), 'mode': self.mode}
+    return {**super(ImageDataset, self).facts(), 'mode': self.mode, **target_facts(self.targets(), self.classes)}
 
 def _size(path):
     "Bytes of the file at `path`, -1 when it is gone: `fingerprint` is no place to fail."
