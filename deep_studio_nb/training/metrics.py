@@ -13,17 +13,17 @@ from torch import Tensor
 from ..common.errors import ConfigError, DataError, listed
 from ..common.registry import METRICS
 from ..common.types import Loss, Metrics
-from . import metric_functions  # noqa: F401  (registers their names)
+from . import metric_functions, pixel_metrics  # noqa: F401  (registers their names)
 from .running import RunningFunction, RunningMean, RunningObject
 
-# %% ../../nbs/30_training/31b_metrics.ipynb #a45846cb
+# %% ../../nbs/30_training/31b_metrics.ipynb #d2f6445e
 def build_metrics(
     specs:Iterable|Mapping|str|Callable=(), # Names, `{type, args}` specs, functions or objects; a mapping gives them names
     facts:Mapping|None=None # What the data knows, for metrics that ask for it: num_classes
 )->dict[str,object]: # Functions and objects by name
     "Make the metrics that `specs` describe."
     if not isinstance(specs, Mapping) or 'type' in specs: specs = [(None, o) for o in ([specs] if isinstance(specs, (str, Mapping)) or callable(specs) else specs)]
-    facts,built = ({'task':'multiclass'} if 'num_classes' in (facts or {}) else {})|dict(facts or {}),{}
+    facts,built = _asked_for(facts or {}),{}
     for name,spec in (specs.items() if isinstance(specs, Mapping) else specs):
         metric = METRICS.build(spec, facts=facts)
         if not callable(metric) and not hasattr(metric, 'update'): raise ConfigError(f"{metric!r} is no metric: want a name, `{{type, args}}`, a function of predictions and targets, or an object with `update` and `compute`.")
@@ -32,6 +32,16 @@ def build_metrics(
         if name in _TAKEN: raise ConfigError(f"A metric cannot be called `{name}`: the history has a column of that name.")
         built[name] = metric
     return built
+
+# %% ../../nbs/30_training/31b_metrics.ipynb #2c455f53
+_TASKS = dict(labels='multilabel', classes='multiclass', mask='multiclass')
+
+def _asked_for(facts:Mapping)->dict:
+    "`facts` in the words of torchmetrics: its `task`, and `num_labels` for items that have several."
+    task = _TASKS.get(facts.get('task', 'classes' if 'num_classes' in facts else None))
+    res = {k:v for k,v in facts.items() if k!='task'}
+    if task=='multilabel': res['num_labels'] = facts['num_classes']
+    return res|dict(task=task) if task else res
 
 # %% ../../nbs/30_training/31b_metrics.ipynb #8da57237
 _TAKEN = ('loss', 'epoch', 'lr', 'seconds')
