@@ -337,7 +337,10 @@ def decode(self:BaseDataset,
 def _whole(self:Subset): return self.source.using(self.stage).with_transforms(self.transforms)
 
 @patch
-def facts(self:Subset)->dict[str,Any]: return self._whole().facts()
+def facts(self:Subset)->dict[str,Any]:
+    res = self._whole().facts()
+    if res.get('class_counts') is not None: res['class_counts'] = torch.bincount(torch.as_tensor(self.targets()), minlength=len(res['class_counts'])).tolist()
+    return res
 
 @patch
 def decode(self:Subset, x:Any)->Tensor|str: return self._whole().decode(x)
