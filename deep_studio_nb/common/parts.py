@@ -154,7 +154,7 @@ def _run_problems(doc:Document)->Iterator[Problem]:
     if name not in names: yield Problem(doc.place(("trainer","monitor")), "trainer.monitor", f"`{name}`, which nothing measures", f"one of {listed(names, 20)}", did_you_mean(name, names).removeprefix(", "))
 
 # %% ../../nbs/00_common/05b_parts.ipynb #fa8697f3
-_LIMITS = dict(batch_size=("a whole number, at least 1", lambda v: type(v) is int and v>=1), num_workers=("a whole number, at least 0", lambda v: type(v) is int and v>=0),
+_LIMITS = dict(batch_size=("a whole number, at least 1", lambda v: type(v) is int and v>=1), num_workers=("a whole number, at least 0, or \"auto\"", lambda v: v=="auto" or type(v) is int and v>=0),
     validation_split=("a count of samples, or a share below 1", lambda v: type(v) is int and v>=0 or type(v) is float and 0<=v<1))
 
 def _loader_problems(doc:Document)->Iterator[Problem]:

@@ -113,8 +113,9 @@ class Slot(NamedTuple):
     given:int = 0 # Number of leading parameters that it always fills
     called_with:int = 0 # The same for a function that is itself the part: a loss gets predictions and targets
 
-FACTS = ("num_classes", "classes", "in_channels", "in_features", "out_features", "image_size", "input", "mode")
+FACTS = ("task", "num_classes", "classes", "class_counts", "in_channels", "in_features", "out_channels", "out_features", "image_size", "input", "mode",
+    "num_numbers", "category_sizes", "vocab_size", "pad_id", "target_mean", "target_std", "ignore_index")
 SECTIONS:dict[str,Slot] = dict(
     dataset=Slot("dataset"), data_loader=Slot("loader", ("dataset", "seed")), transforms=Slot("transform", called_with=1), arch=Slot("model", FACTS),
-    loss=Slot("loss", FACTS, called_with=2), metrics=Slot("metric", (*FACTS, "task"), called_with=2), optimizer=Slot("optimizer", given=1),
+    loss=Slot("loss", FACTS, called_with=2), metrics=Slot("metric", FACTS, called_with=2), optimizer=Slot("optimizer", given=1),
     lr_scheduler=Slot("scheduler", ("total_steps", "epochs", "steps_per_epoch", "T_max"), 1), callbacks=Slot("callback"), trackers=Slot("tracker"))

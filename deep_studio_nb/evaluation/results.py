@@ -8,28 +8,38 @@ __all__ = ['worst_first', 'result_title', 'show_results', 'confusion', 'show_con
 # %% ../../nbs/40_evaluation/41_results.ipynb #ee3b3eaf
 import torch
 from torch import Tensor
+from ..common.drawn_tables import draw_table
 from ..common.errors import DataError
 from ..common.pictures import image_grid, new_picture
-from .evaluate import Evaluation, probabilities
+from ..data.overlays import picture_rows
+from .evaluate import Evaluation
+from .rows import probabilities
 
 # %% ../../nbs/40_evaluation/41_results.ipynb #8fdad508
-def worst_first(
-    ev:Evaluation # Of classes, with targets
-) -> Tensor: # (n,) row numbers, the most wrong first
-    "Order the rows by the probability of the true class, lowest first."
-    if not ev.is_classes or ev.targets is None: raise DataError('`worst_first` needs class predictions with targets.')
-    return probabilities(ev.preds).gather(1, ev.targets[:,None]).squeeze(1).argsort(stable=True)
+_RIGHT = dict(labels='label_f1', mask='right', image='psnr')   # the column of a row that says how right it is
 
-# %% ../../nbs/40_evaluation/41_results.ipynb #6b1449c8
+def worst_first(
+    ev:Evaluation # With targets
+) -> Tensor: # (n,) row numbers, the most wrong first
+    "Order the rows from wrong to right."
+    if ev.targets is None: raise DataError('`worst_first` needs predictions with targets.')
+    if ev.task=='classes': return probabilities(ev.preds).gather(1, ev.targets[:,None]).squeeze(1).argsort(stable=True)
+    if ev.task in _RIGHT: return torch.tensor([o[_RIGHT[ev.task]] for o in ev.rows()]).argsort(stable=True)
+    return (ev.preds.flatten(1)-ev.targets.flatten(1)).abs().mean(1).argsort(descending=True, stable=True)
+
+# %% ../../nbs/40_evaluation/41_results.ipynb #1fe3c9ef
+def _short(value): return f'{value:.4g}' if isinstance(value, float) else str(value)
+
 def result_title(
     row:dict # A row of `Evaluation.rows`
 ) -> tuple[str,str]: # Title and its colour
     "Say what was predicted, and what it should have been."
-    if 'correct' not in row: return f"{row['prediction']}",'black'
-    if row['correct']: return f"{row['prediction']} {row['probability']:.2f}",'green'
-    return f"{row['prediction']} {row['probability']:.2f}\n→ {row['target']}",'firebrick'
+    said = f"{_short(row['prediction'])} {row['probability']:.2f}" if 'probability' in row else _short(row['prediction'])
+    if 'target' not in row: return said,'black'
+    if row.get('correct'): return said,'green'
+    return f"{said}\n→ {_short(row['target'])}",'firebrick' if 'correct' in row else 'black'
 
-# %% ../../nbs/40_evaluation/41_results.ipynb #21f272af
+# %% ../../nbs/40_evaluation/41_results.ipynb #87aa1cfc
 def show_results(
     ev:Evaluation, # What the model said
     dataset, # The split's dataset, in the same order: `dataset[i]` is row `i`
@@ -38,10 +48,29 @@ def show_results(
     ncols:int=8 # Pictures in a row
 ): # A figure
     "Draw samples with what the model said and what they are."
-    picked = worst_first(ev)[:n].tolist() if worst and ev.is_classes and ev.targets is not None else list(range(min(n, len(ev))))
-    rows = ev.rows()
-    titles,colors = zip(*(result_title(rows[i]) for i in picked))
-    return image_grid([dataset.decode(dataset[i][0]) for i in picked], titles=list(titles), ncols=ncols, colors=list(colors))
+    picked = (worst_first(ev) if worst and ev.targets is not None else torch.arange(len(ev)))[:n].tolist()
+    seen,rows = [dataset.decode(_input(dataset[i])) for i in picked],ev.rows()
+    rows = [rows[i] for i in picked]
+    if ev.task in ('mask','image'): return _drawn(ev, picked, seen, rows, dataset, ncols)
+    titles,colors = zip(*map(result_title, rows))
+    if isinstance(seen[0], str): return draw_table([dict(input=x, **_beside(row)) for x,row in zip(seen, rows)], colors)
+    return image_grid(seen, titles=list(titles), ncols=ncols, colors=list(colors))
+
+# %% ../../nbs/40_evaluation/41_results.ipynb #ffea8471
+def _input(sample):
+    "What goes into the model, a tuple where that is several tensors."
+    return sample[0] if len(sample)<=2 else tuple(sample[:-1])
+
+def _beside(row): return {k: _short(v) for k,v in row.items() if k in ('prediction','target','probability')}
+
+def _drawn(ev, picked, seen, rows, dataset, ncols):
+    "Draw inputs, predictions and targets below each other."
+    draw = lambda y: dataset.draw_target(y.float()/255 if y.dtype==torch.uint8 and ev.task=='image' else y)
+    lines,titles = [seen,[draw(ev.preds[i]) for i in picked]],[['input',*['']*(len(seen)-1)], [f'prediction\n{_score(o)}' for o in rows]]
+    if ev.targets is None: return picture_rows(lines, titles, ncols)
+    return picture_rows([*lines, [draw(ev.targets[i]) for i in picked]], [*titles, ['target',*['']*(len(seen)-1)]], ncols)
+
+def _score(row): return f"{row['right']:.0%} right" if 'right' in row else f"{row['psnr']:.1f} dB" if 'psnr' in row else ''
 
 # %% ../../nbs/40_evaluation/41_results.ipynb #fd44012f
 def confusion(
