@@ -3,7 +3,7 @@
 The processes are forked from a server that has torch and nbdev loaded already, so a notebook starts in a moment and still shares no state
 with any other. A failure shows the cell's number, id and source, the notebook's own frames and what the cell printed.
 """
-import multiprocessing as mp, os, re, sys, traceback
+import multiprocessing as mp, os, re, shutil, sys, tempfile, traceback
 from pathlib import Path
 import pytest
 
@@ -14,6 +14,12 @@ NOT_OURS = ('site-packages/execnb', 'site-packages/nbdev', 'site-packages/IPytho
 if 'PYTEST_XDIST_WORKER' in os.environ:
     # Workers share the cores: without this each of them, and each process it starts, would begin a thread for every core.
     os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+def pytest_configure(config):
+    "Keep what is remembered of files out of the user's own cache."
+    if 'DEEP_STUDIO_CACHE' in os.environ: return   # set by the user, or by the process that started this worker
+    os.environ['DEEP_STUDIO_CACHE'] = folder = tempfile.mkdtemp(prefix='deep-studio-cache-')
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 def pytest_addoption(parser):
     parser.addoption('--nb-flags', default='', help='cells to run that `tst_flags` of settings.ini leaves out, e.g. "slow cuda"')
