@@ -14,39 +14,55 @@ from torch import Tensor
 from torch.utils.data import Sampler, default_collate
 from ..common.errors import DataError
 from ..common.randomness import derive, generator
+from .draws import sample_draws
 from .samples import Index
 
 # %% ../../nbs/10_data/18_batches.ipynb #e141451f
 class EpochSampler(Sampler):
-    "Give every sample once an epoch, in an order computed from (seed, epoch)."
+    "Give the samples of an epoch, in an order and with draws computed from (seed, epoch)."
     def __init__(self,
-        n:int, # How many samples there are
+        n:int, # How many samples there are, and how many an epoch gives
         shuffle:bool=True, # Whether each epoch has another order
         seed:int=0, # Seed of the order and of the samples' draws
-        moves:bool=True # Whether each iteration is a new epoch; evaluation repeats the same one
-    ): self.n,self.shuffle,self.seed,self.moves,self.epoch,self.start = n,shuffle,seed,moves,0,0
+        moves:bool=True, # Whether each iteration is a new epoch; evaluation repeats the same one
+        order_of:Callable[[int],Tensor]|None=None # Gives the (n,) numbers of an epoch, some perhaps several times; None for each sample once
+    ): self.n,self.shuffle,self.seed,self.moves,self.order_of,self.epoch,self.start = n,shuffle,seed,moves,order_of,0,0
 
     def __len__(self): return self.n
 
     def order(self)->Tensor: # (n,) numbers of the samples
         "Compute the order of the epoch to come."
+        if self.order_of is not None: return self.order_of(self.epoch)
         return torch.randperm(self.n, generator=generator(self.seed, 'order', self.epoch)) if self.shuffle else torch.arange(self.n)
 
 # %% ../../nbs/10_data/18_batches.ipynb #ef99d93a
+def _repeats(order):
+    "Count how often each number of `order` came before."
+    idx = order.argsort(stable=True)
+    in_line = order[idx]
+    return torch.empty_like(order).index_copy(0, idx, torch.arange(len(order)) - torch.searchsorted(in_line, in_line))
+
 @patch
-def take(self:EpochSampler)->tuple[Tensor,int]: # (n-start,) numbers, and the epoch they are of
+def upcoming(self:EpochSampler)->tuple[Tensor,Tensor]: # (n,) numbers of the samples, and (n,) seeds of their draws
+    "Tell what the epoch to come gives, without moving on."
+    order = self.order()
+    repeats = None if self.order_of is None else _repeats(order)
+    return order,sample_draws(derive(self.seed, 'draw', self.epoch), order, repeats)
+
+@patch
+def take(self:EpochSampler)->tuple[Tensor,Tensor]: # (n-start,) numbers of the samples, and seeds of their draws
     "Give what is left of the epoch, and move on to the next."
-    res = self.order()[self.start:],self.epoch
+    order,draws = (o[self.start:] for o in self.upcoming())
     self.start,self.epoch = 0,self.epoch + self.moves
-    return res
+    return order,draws
 
 @patch
 def named(self:EpochSampler,
     order:Tensor, # (m,) numbers of samples
-    epoch:int # Number of the epoch
-)->Iterator[Index]: # The same numbers, with the seeds of their draws
-    "Give each number the seed that belongs to the sample in `epoch`."
-    return (Index(i, derive(self.seed, 'draw', epoch, i)) for i in order.tolist())
+    draws:Tensor # (m,) seeds of their draws
+)->Iterator[Index]: # The same numbers, each with its seed
+    "Give each number the seed that belongs to it."
+    return (Index(i, o) for i,o in zip(order.tolist(), draws.tolist()))
 
 @patch
 def __iter__(self:EpochSampler)->Iterator[Index]: return self.named(*self.take())

@@ -167,9 +167,9 @@ def peek(self:BaseDataLoader,
     n:int=16 # Samples to load, at most
 )->Samples: # Samples of the epoch to come, transformed
     "Load some of what comes next, without moving on; spread over the epoch if it is not shuffled, as its beginning is often one class."
-    order,n = self.sampler.order(),min(n, len(self.dataset))
-    some = order[:n] if self.shuffle else order[torch.arange(n)*len(order)//n]
-    return Samples(self.dataset, list(self.sampler.named(some, self.sampler.epoch)))
+    (order,draws),n = self.sampler.upcoming(),min(n, len(self.dataset))
+    some = torch.arange(n) if self.shuffle else torch.arange(n)*len(order)//n
+    return Samples(self.dataset, list(self.sampler.named(order[some], draws[some])))
 
 @patch
 def show_batch(self:BaseDataLoader,
