@@ -27,6 +27,9 @@ def _as_tensor(o, name, target=False):
 # %% ../../nbs/10_data/10a_tensors.ipynb #41a5794f
 class Tensors(BaseDataset):
     "Inputs and targets held in memory, gathered by batch."
+    _splits = ()      # The splits that a kind of data comes with; its `_read` gives inputs and targets of one
+    _part = 'train'   # The split that the samples are of, whatever stage they are used in
+
     def __init__(self,
         x:Any, # (n, ...) inputs: floats, or uint8 pixels that are handed out as floats 0 to 1
         y:Any=None, # (n, ...) targets: whole numbers are labels; None when there are none
@@ -45,9 +48,10 @@ class Tensors(BaseDataset):
         "Load sample `i` without any transform."
         return tuple(o[0] for o in self._take(slice(i, i+1)))
 
+    def _input(self, x): return x.float().div_(255) if x.dtype==torch.uint8 else x
+
     def _take(self, idx):
-        x = self.x[idx]
-        if x.dtype==torch.uint8: x = x.float().div_(255)
+        x = self._input(self.x[idx])
         return (x,) if self.y is None else (x,self.y[idx])
 
 # %% ../../nbs/10_data/10a_tensors.ipynb #f6ad946a
@@ -67,8 +71,7 @@ def gather(self:Tensors,
 )->tuple[Tensor,...]: # (b, ...) inputs, and (b, ...) targets when there are some
     "Pick a whole batch."
     indices = indices.to(self.x.device)
-    x = self.x.index_select(0, indices)
-    if x.dtype==torch.uint8: x = x.float().div_(255)
+    x = self._input(self.x.index_select(0, indices))
     return (x,) if self.y is None else (x,self.y.index_select(0, indices))
 
 # %% ../../nbs/10_data/10a_tensors.ipynb #5ace9e72
@@ -86,6 +89,19 @@ def _gather_pixels(self:Tensors, indices):
 def gather_pixels(self:Tensors)->Callable|None:
     "Pick a whole batch of uint8 pixels, when the inputs are some."
     return self._gather_pixels if self.kind=='image' and self.x.dtype==torch.uint8 else None
+
+# %% ../../nbs/10_data/10a_tensors.ipynb #cb296ec5
+@patch
+def split(self:Tensors,
+    name:str # "train", "valid" or "test"
+)->BaseDataset|None: # That split in its own stage, or None when there is none
+    "Give the split `name` of this data."
+    if not self._splits or name==self.stage=='train': return super(Tensors, self).split(name)
+    if name not in self._splits: return None
+    res,read = self.using(name),self.__dict__.setdefault('_kept', {})
+    if name not in read: read[name] = res._read(name)
+    res.x,res.y,res._part = *read[name],name
+    return res
 
 # %% ../../nbs/10_data/10a_tensors.ipynb #8c9c0b83
 def target_facts(
