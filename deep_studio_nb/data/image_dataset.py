@@ -6,14 +6,16 @@
 __all__ = ['ImageDataset']
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #eb292f3e
-import hashlib, os, unicodedata
+import os, unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from fastcore.basics import patch
 from ..common.errors import DataError
 from ..common.logs import get_logger
-from .image_files import BadFile, find_bad, guess_mode, read_image
+from .bad_files import file_hashes, find_bad
+from .image_files import BadFile, guess_mode, read_image
+from .image_pixels import read_pixels
 from .samples import BaseDataset
 from .tensors import label_names, target_facts
 from .transforms import ToTensor
@@ -31,7 +33,8 @@ class ImageDataset(BaseDataset):
     transforms = dict(train=ToTensor(), valid=ToTensor())
     _splits = {}                   # The splits that the data comes with: name -> what `_read` needs to list it
     _per_split = 'files','labels'  # What `_read` sets
-    _checked = False
+    _checked = ()                  # How the data was checked, if it was
+    left_out = {}                  # Samples that are not there: name -> why
 
     def __init__(self,
         files:Sequence[str|Path], # Image files
@@ -53,6 +56,10 @@ class ImageDataset(BaseDataset):
     def load(self, i):
         "Read image `i` and give it with its target."
         return read_image(self.files[i], self.mode),self.labels[i]
+
+    def load_pixels(self, i, at_least=None):
+        "Read the pixels of image `i`, small where that is enough, and give them with its target."
+        return read_pixels(self.files[i], self.mode, at_least),self.labels[i]
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #e8287461
 @patch
@@ -84,10 +91,15 @@ def sample_id(self:ImageDataset,
 def content_id(self:ImageDataset,
     i:int # Number of the image, from 0
 )->str: # 64 hexadecimal digits
-    "Name image `i` by what its file holds, wherever it is and whatever it is called."
-    path = self.files[int(i)]
-    try: return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as e: raise DataError(f"`{path}` cannot be read: {e.strerror or e}.") from e
+    "Identify image `i` by what its file holds, wherever it is and whatever it is called."
+    return file_hashes([self.files[int(i)]])[0]
+
+@patch
+def content_ids(self:ImageDataset,
+    indices:Iterable[int]|None=None # Numbers of images; None for all
+)->list[str]: # 64 hexadecimal digits each
+    "Identify many images, reading those files alone that are new."
+    return file_hashes([self.files[int(i)] for i in (range(len(self)) if indices is None else indices)])
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #75ddbfd1
 @patch
@@ -122,8 +134,9 @@ def split(self:ImageDataset,
     res,key = self.using(name),(name,self._checked)
     if key not in self._listed:
         res._read(name)
-        if self._checked: res.check()
-        self._listed[key] = {o: getattr(res, o) for o in self._per_split}
+        res.left_out = {}
+        if self._checked: res.check(*self._checked)
+        self._listed[key] = {o: getattr(res, o) for o in (*self._per_split,'left_out')}
     for k,v in self._listed[key].items(): setattr(res, k, v)
     return res
 
@@ -142,18 +155,30 @@ def _files_of(self:ImageDataset, i):
     return (self.files[i],)
 
 @patch
-def check(self:ImageDataset)->list[BadFile]: # The files left out, and why
+def check(self:ImageDataset,
+    limit:int|None=5000 # Check nothing where there are more files; None for no limit
+)->list[BadFile]: # The files left out, and why
     "Decode every image and leave out those that cannot be read."
     needed = [self._files_of(i) for i in range(len(self))]
-    paths = list(dict.fromkeys(o for some in needed for o in some))
-    if len(paths)>5000: _log.info("All %s images of `%s` are decoded once, to find bad files.", f"{len(paths):,}", self.data_dir)
-    bad,self._checked = find_bad(paths),True
-    if not bad: return bad
-    text,names = _told(bad, len(paths), self.data_dir),{o.path for o in bad}
-    good = [i for i,some in enumerate(needed) if names.isdisjoint(some)]
+    paths,self._checked = list(dict.fromkeys(o for some in needed for o in some)),(limit,)
+    if limit is not None and len(paths)>limit: return self._unchecked(len(paths))
+    bad = find_bad(paths)
+    if bad: self._leave_out(bad, needed, _told(bad, len(paths), self.data_dir))
+    return bad
+
+@patch
+def _unchecked(self:ImageDataset, n):
+    _log.info("`%s` has %s files, so they are not all decoded before the start: one that cannot be read is %s when it comes. Call `check(limit=None)` to look at all.", self.data_dir, f'{n:,}', 'left out' if self.on_bad=='skip' else 'an error')
+    return []
+
+@patch
+def _leave_out(self:ImageDataset, bad, needed, text):
+    "Drop the samples that need one of the `bad` files."
+    why = {o.path: o.reason for o in bad}
+    good = [i for i,some in enumerate(needed) if why.keys().isdisjoint(some)]
     if self.on_bad=='raise': raise DataError(f'{text} Repair or remove them, or set `on_bad` to "skip".')
     if not good: raise DataError(f"{text} There is nothing left.")
     _log.warning("%s They are left out.", text)
-    rest = self.subset(good)
+    kept,rest = set(good),self.subset(good)
+    self.left_out = {**self.left_out, **{self.sample_id(i): next(why[o] for o in some if o in why) for i,some in enumerate(needed) if i not in kept}}
     self.files,self.labels = rest.files,rest.labels
-    return bad

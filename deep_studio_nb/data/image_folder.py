@@ -13,13 +13,12 @@ from fastcore.basics import patch
 from ..common.errors import DataError, listed
 from ..common.logs import get_logger
 from ..common.registry import DATASETS
+from .array_files import split_named
 from .image_dataset import ImageDataset
 from .image_files import IMAGE_SUFFIXES, guess_mode, is_hidden, list_images
 from .samples import natural_key
 
 # %% ../../nbs/10_data/13a_image_folder.ipynb #849a24a8
-_ALIASES = dict(train=('train','training'), valid=('valid','val','validation','dev'), test=('test','testing'))
-
 def _folders(where):
     "Folders in `where` that a person made, in natural order."
     return sorted((o for o in where.iterdir() if o.is_dir() and not is_hidden(o.name)), key=lambda o: natural_key(o.name))
@@ -33,7 +32,7 @@ def find_splits(
     if not data_dir.is_dir(): raise DataError(f"`data_dir` is `{data_dir}`, which is {'a file' if data_dir.exists() else 'not there'} (seen from {Path.cwd()}). Give the folder that holds the class folders.")
     res = {}
     for o in _folders(data_dir):
-        name = next((k for k,v in _ALIASES.items() if o.name.lower() in v), None)
+        name = split_named(o.name)
         if name in res: raise DataError(f"`{data_dir}` has two folders for the {name} split, `{res[name].name}` and `{o.name}`. Keep one of them.")
         if name: res[name] = o
     by_split = _folders(res['train']) if 'train' in res else False
