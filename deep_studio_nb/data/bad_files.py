@@ -169,42 +169,49 @@ def remember_bad(
 def _hash(path):
     try:
         with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-    except OSError as e: raise DataError(f"`{path}` cannot be read: {e.strerror or e}.") from e
+    except OSError as e: return [e.strerror or str(e)]
 
 def file_hashes(
     paths:Iterable[str|Path], # Files
+    on_bad:str='raise', # What to do with one that cannot be read: "raise", or "skip" to give an empty text for it
     n_threads:int|None=None, # Files read at a time; None for one a core, at most 8
     progress:Callable[[int,int],None]|None=None # Called now and then with the number of files done and that of all
 )->list[str]: # 64 hexadecimal digits each, in order
     "Hash what each of `paths` holds (SHA-256), reading those alone that are not known yet."
-    return remembered('sha256', paths, _hash, n_threads, progress=progress)
+    paths = list(paths)
+    found = remembered('sha256', paths, _hash, n_threads, lambda o: isinstance(o, str), progress)
+    bad = [(path,o[0]) for path,o in zip(paths, found) if isinstance(o, list)]
+    if bad and on_bad=='raise': raise DataError(f"`{bad[0][0]}` cannot be read: {bad[0][1]}." + (f" And {len(bad)-1} more." if bad[1:] else ''))
+    return [o if isinstance(o, str) else '' for o in found]
 
 # %% ../../nbs/10_data/11a_bad_files.ipynb #975d00f7
 def read_quarantine(
-    file:str|Path # A `quarantine.csv`
+    file:str|Path, # A `quarantine.csv`
+    root:str|Path|None=None # Folder that its paths are relative to; None for its own
 )->list[BadFile]: # The files it lists; none when it is not there
     "Read which files were found bad."
     file = Path(file)
     if not file.is_file(): return []
     rows = csv.DictReader(io.StringIO(file.read_text(encoding='utf-8-sig')))
-    return [BadFile(file.parent/o['path'], o['reason']) for o in rows if o.get('path') and o.get('reason')]
+    return [BadFile(Path(root or file.parent)/o['path'], o['reason']) for o in rows if o.get('path') and o.get('reason')]
 
 def _below(path, root):
-    "Write `path` as it is seen from `root`, with forward slashes."
-    try: return Path(os.path.relpath(path, root)).as_posix()
-    except ValueError: return Path(path).as_posix()   # another drive
+    "Write `path` as it is seen from `root`, with forward slashes; in full when it lies elsewhere."
+    path,root = Path(os.path.abspath(path)),Path(os.path.abspath(root))
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 # %% ../../nbs/10_data/11a_bad_files.ipynb #2b53b2cf
 def write_quarantine(
-    file:str|Path, # Where the list shall be; paths in it are relative to its folder
+    file:str|Path, # Where the list shall be
     bad:Iterable[BadFile], # Files that cannot be read
-    checked:Sequence[str|Path]|None=None # Files that were looked at: their old rows go; None replaces the whole list
+    checked:Sequence[str|Path]|None=None, # Files that were looked at: their old rows go; None replaces the whole list
+    root:str|Path|None=None # Folder that its paths are relative to; None for its own
 )->Path|None: # The file; None when there is nothing to write, or no way to
     "List bad files with the reasons, for people."
     file,seen = Path(file),set(map(_key, checked or ()))
     try:
-        old = read_quarantine(file) if checked is not None else []
-        rows = {_below(o.path, file.parent): o.reason for o in [*(o for o in old if _key(o.path) not in seen), *bad]}
+        old = read_quarantine(file, root) if checked is not None else []
+        rows = {_below(o.path, root or file.parent): o.reason for o in [*(o for o in old if _key(o.path) not in seen), *bad]}
         if not rows and not file.exists(): return None
         csv.writer(out := io.StringIO(), lineterminator='\n').writerows([('path','reason'), *sorted(rows.items())])
         if not file.exists() or file.read_text(encoding='utf-8')!=out.getvalue(): write_text(file, out.getvalue())
