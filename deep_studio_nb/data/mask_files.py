@@ -130,17 +130,18 @@ def _declared(classes, ignore):
 
 # %% ../../nbs/10_data/12h_mask_files.ipynb #a9ae9cd4
 def _seen(paths, n):
-    "Values in `n` of `paths` at most, spread evenly, with their counts; of a file with colours these alone."
+    "Values in `n` of `paths` at most, spread evenly: in how many files each is, and how many files could be read."
     import numpy as np
-    step,res = max(1, -(-len(paths)//n)),Counter()
+    step,res,read = max(1, -(-len(paths)//n)),Counter(),0
     for path in paths[::step]:
         try: a = read_values(path)
         except Unreadable: continue
         found = dict(zip(*(o.tolist() for o in np.unique(_pack(a), return_counts=True))))
         if a.ndim==3: raise _uncolored(path, found)
-        res.update(found)
-    if not res: raise DataError(f"None of {len(paths)} masks can be read, for example `{paths[0]}`.")
-    return res
+        read += 1
+        res.update(list(found))
+    if not read: raise DataError(f"None of {len(paths)} masks can be read, for example `{paths[0]}`.")
+    return res,read
 
 def _uncolored(path, found):
     "Say which colours are in a mask whose colours nobody named."
@@ -151,13 +152,19 @@ def _uncolored(path, found):
 # %% ../../nbs/10_data/12h_mask_files.ipynb #e030fd80
 _log = get_logger('data')
 
-def _numbered(seen, names, ignore):
-    "Classes from the numbers that were `seen`."
-    if ignore=='auto': ignore = None if set(seen)<={0,IGNORED} and len(names or 'ab')==2 else IGNORED
+def _is_binary(seen, names):
+    "Tell whether 0 and 255 are two classes, and 255 no border that is ignored."
+    if names is None: return set(seen)<={0,IGNORED}
+    return len(names)==2 and seen[IGNORED]>2*sum(n for o,n in seen.items() if o not in (0,IGNORED))
+
+def _numbered(seen, read, names, ignore):
+    "Classes from the numbers that were `seen` in `read` files; a number that few of them hold is a mistake of those."
+    binary = _is_binary(seen, names) and ignore!=IGNORED
+    if ignore=='auto': ignore = None if binary else IGNORED
     values = sorted(o for o in seen if o!=ignore)
-    if values and set(values)<={0,IGNORED} and len(names or 'ab')==2 and ignore!=IGNORED: values = [0,max(values[-1], 1)]
+    if binary: values = [0,IGNORED if seen[IGNORED] else 1]
     elif names is None and values and values[-1]>=max(32, 4*len(values)): raise DataError(f"The masks hold the values {', '.join(map(str, values[:12]))}{', ...' if len(values)>12 else ''}. Say which is what: `classes: {{background: {values[0]}, ...}}`, and `ignore` for one that counts for nothing.")
-    elif names is not None and values and values[-1]>=len(names): raise DataError(f"The masks hold the value {values[-1]}, but `classes` names {len(names)}, for 0 to {len(names)-1}. Name all, or say which value is what: `classes: {{{names[0]}: 0, ...}}`.")
+    elif names is not None and 2*sum(seen[o] for o in values if o>=len(names))>read: raise DataError(f"The masks hold the value {values[-1]}, but `classes` names {len(names)}, for 0 to {len(names)-1}. Name all, or say which value is what: `classes: {{{names[0]}: 0, ...}}`.")
     else: values = list(range(len(names) if names else max(values, default=0)+1))
     if len(values)>250: raise DataError(f"There are {len(values)} classes, at most 250 can be told apart.")
     names = names or (['background','object'] if len(values)==2 and values[1]!=1 else list(map(str, values)))
@@ -173,8 +180,8 @@ def find_mask_classes(
     if classes is not None and not len(classes): raise DataError("`classes` is empty: name them, or leave it out.")
     ignore = tuple(ignore) if isinstance(ignore, list) else ignore
     if isinstance(classes, Mapping): return _declared(classes, ignore)
-    seen = _seen(paths, n)
-    res = _numbered(seen, None if classes is None else list(classes), ignore)
+    seen,read = _seen(paths, n)
+    res = _numbered(seen, read, None if classes is None else list(classes), ignore)
     if classes is None: _log.info("The masks hold %s, so there are %d classes: %s. Name them with `classes`.", listed(sorted(seen), 12), len(res.names), _told(res))
     return res
 
