@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .batch_steps import BatchCrop, BatchErase, BatchFlip, BatchKernel, BatchResizedCrop, BatchStep, Pixels, sizes_of, stacked
+from .batch_warps import BatchAffine, BatchBlur, BatchChosen, BatchJitter, BatchRotation
 from .draws import uniforms
 from .transforms import ToTensor, Transforms
 
@@ -32,12 +33,27 @@ def _to_dtype(step):
     if not isinstance(step.dtype, torch.dtype): return None
     return BatchKernel(step, partial(_kernels().to_dtype_image, dtype=step.dtype, scale=step.scale))
 
+def _grey(x): return _kernels().rgb_to_grayscale_image(x, x.shape[0])
+
+def _warps(step): return _plain_fill(step) and getattr(step.interpolation, 'value', step.interpolation) in ('nearest','bilinear')
+
 _RANDOM = dict(
     RandomHorizontalFlip=BatchFlip,
     RandomVerticalFlip=lambda s: BatchFlip(s, -2),
     RandomCrop=lambda s: BatchCrop(s) if _plain_fill(s) else None,
     RandomResizedCrop=BatchResizedCrop,
-    RandomErasing=lambda s: None if s.value is None else BatchErase(s))
+    RandomErasing=lambda s: None if s.value is None else BatchErase(s),
+    RandomAffine=lambda s: BatchAffine(s) if _warps(s) else None,
+    RandomRotation=lambda s: BatchRotation(s) if _warps(s) and not s.expand else None,
+    ColorJitter=BatchJitter,
+    GaussianBlur=BatchBlur,
+    RandomGrayscale=lambda s: BatchChosen(s, _grey),
+    RandomInvert=lambda s: BatchChosen(s, _kernels().invert_image),
+    RandomAutocontrast=lambda s: BatchChosen(s, _kernels().autocontrast_image),
+    RandomEqualize=lambda s: BatchChosen(s, _kernels().equalize_image),
+    RandomSolarize=lambda s: BatchChosen(s, partial(_kernels().solarize_image, threshold=s.threshold)),
+    RandomPosterize=lambda s: BatchChosen(s, partial(_kernels().posterize_image, bits=s.bits)),
+    RandomAdjustSharpness=lambda s: BatchChosen(s, partial(_kernels().adjust_sharpness_image, sharpness_factor=s.sharpness_factor)))
 
 _FIXED = dict(
     Resize=_resize,
