@@ -59,7 +59,7 @@ class BaseDataset(Dataset):
     gather:Callable|None = None        # Data in memory: a method that returns a whole batch for (b,) indices
     gather_pixels:Callable|None = None # The same with inputs as uint8 pixels (b, c, h, w), before any transform
     show:Callable|None = None          # A method that draws samples of this kind; None for pictures or a table
-    cache:Any = None                   # Where prepared samples are kept (`get(i)`, `put(i, sample)`); a loader sets it
+    cache:Any = None                   # Where samples are kept that are prepared as `cache.key` says; a loader sets it
 
     def load(self,
         i:int # Number of the sample, from 0
@@ -108,7 +108,7 @@ def fetch(self:BaseDataset,
     "Load sample `i` and prepare it, or take it out of the cache."
     if not -len(self)<=i<len(self): raise IndexError(f"Sample {int(i)} is asked for, but there are {len(self)}.")
     i = int(i)%len(self)
-    if self.cache is None: return self._prepare(i)
+    if self.cache is None or self.plan is None or self.cache.key!=self.plan.key: return self._prepare(i)
     if (item := self.cache.get(i)) is not None: return item
     item = self._prepare(i)
     self.cache.put(i, item)
@@ -122,9 +122,10 @@ def _draw(i):
 @patch
 def _each(self:BaseDataset, i):
     "Sample `i`, transformed by itself."
-    plan = self.plan
-    if self.transform is None: return self.fetch(i)
-    return self._apply(self.transform if plan is None else plan.finish, self.fetch(i))
+    item,plan = self.fetch(i),self.plan
+    if self.transform is None: return item
+    if self.cache is not None: item = copy.deepcopy(item)   # what is kept must not be written into
+    return self._apply(self.transform if plan is None else plan.finish, item)
 
 @patch
 def _at_once(self:BaseDataset, items, draws):
