@@ -10,7 +10,9 @@ import os, unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+import torch
 from fastcore.basics import patch
+from torch import Tensor
 from ..common.errors import DataError
 from ..common.logs import get_logger
 from .bad_files import file_hashes, find_bad
@@ -32,20 +34,21 @@ class ImageDataset(BaseDataset):
     kind = 'image'
     transforms = dict(train=ToTensor(), valid=ToTensor())
     _splits = {}                   # The splits that the data comes with: name -> what `_read` needs to list it
-    _per_split = 'files','labels'  # What `_read` sets
+    _per_sample = 'files','labels' # What there is one of for each sample
+    _per_split = ()                # What else `_read` sets
     _checked = ()                  # How the data was checked, if it was
     left_out = {}                  # Samples that are not there: name -> why
 
     def __init__(self,
         files:Sequence[str|Path], # Image files
-        labels:Sequence[Any], # One target a file: the number of its class where `classes` are given
+        labels:Sequence[Any], # One target a file: the number of its class, or one number a class (zeros and ones), where `classes` are given
         classes:Sequence[str]|None=None, # Class names in label order
         data_dir:str|Path='.', # Folder below which the files have their names
         mode:str='auto', # "L" for grey, "RGB" for colour, "auto" to look at the images
         on_bad:str='skip' # What to do with files that cannot be read: "skip" or "raise"
     ):
         _check_words(mode, on_bad)
-        self.files,self.labels = [Path(o) for o in files],list(labels)
+        self.files,self.labels = [Path(o) for o in files],[tuple(o.tolist()) if isinstance(o, Tensor) and o.dim() else o for o in labels]
         if len(self.files)!=len(self.labels): raise DataError(f"There are {len(self.labels)} `labels` for {len(self.files)} `files`: every file has one.")
         self.classes = None if classes is None else list(classes)
         self.data_dir,self.on_bad,self._listed = Path(data_dir),on_bad,{}
@@ -55,11 +58,13 @@ class ImageDataset(BaseDataset):
 
     def load(self, i):
         "Read image `i` and give it with its target."
-        return read_image(self.files[i], self.mode),self.labels[i]
+        return read_image(self.files[i], self.mode),self._target(i)
 
     def load_pixels(self, i, at_least=None):
         "Read the pixels of image `i`, small where that is enough, and give them with its target."
-        return read_pixels(self.files[i], self.mode, at_least),self.labels[i]
+        return read_pixels(self.files[i], self.mode, at_least),self._target(i)
+
+    def _target(self, i): return torch.tensor(self.labels[i]) if isinstance(self.labels[i], tuple) else self.labels[i]
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #e8287461
 @patch
@@ -68,13 +73,13 @@ def subset(self:ImageDataset,
 )->ImageDataset: # Those images only
     "Keep some of the images."
     res,indices = self.using(self.stage),[int(i) for i in indices]
-    res.files,res.labels = [self.files[i] for i in indices],[self.labels[i] for i in indices]
+    for o in self._per_sample: setattr(res, o, [getattr(self, o)[i] for i in indices])
     return res
 
 @patch
-def targets(self:ImageDataset)->list: # One target an image
+def targets(self:ImageDataset)->Sequence: # One target an image
     "List the targets."
-    return self.labels
+    return torch.tensor(self.labels) if self.labels and isinstance(self.labels[0], tuple) else self.labels
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #675aada2
 @patch
@@ -136,7 +141,7 @@ def split(self:ImageDataset,
         res._read(name)
         res.left_out = {}
         if self._checked: res.check(*self._checked)
-        self._listed[key] = {o: getattr(res, o) for o in (*self._per_split,'left_out')}
+        self._listed[key] = {o: getattr(res, o) for o in (*self._per_sample, *self._per_split, 'left_out')}
     for k,v in self._listed[key].items(): setattr(res, k, v)
     return res
 
@@ -181,4 +186,4 @@ def _leave_out(self:ImageDataset, bad, needed, text):
     _log.warning("%s They are left out.", text)
     kept,rest = set(good),self.subset(good)
     self.left_out = {**self.left_out, **{self.sample_id(i): next(why[o] for o in some if o in why) for i,some in enumerate(needed) if i not in kept}}
-    self.files,self.labels = rest.files,rest.labels
+    for o in self._per_sample: setattr(self, o, getattr(rest, o))

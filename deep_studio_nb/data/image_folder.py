@@ -67,7 +67,7 @@ def _find_files(root, classes):
 @DATASETS.register
 class ImageFolder(ImageDataset):
     "Images in folders named after their class."
-    _per_split = 'files','labels','others'
+    _per_split = 'others',
 
     def __init__(self,
         data_dir:str, # Folder with train, valid and test folders, or with the class folders themselves
