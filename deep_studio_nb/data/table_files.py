@@ -141,9 +141,13 @@ def _open_frame(self:TableFile):
 @patch
 def _open_parquet(self:TableFile):
     if not self.path.is_file(): raise DataError(f"`file` is `{self.path}`, which is not there (seen from {Path.cwd()}).")
-    try: self._parquet = need('pyarrow.parquet', 'table').ParquetFile(self.path)
+    return self._parquet().schema_arrow.names
+
+@patch
+def _parquet(self:TableFile):
+    "The open file; not kept, so that a table can be sent to another process."
+    try: return need('pyarrow.parquet', 'table').ParquetFile(self.path)
     except (ValueError,OSError) as e: raise DataError(f"`{self.name}` cannot be read as parquet: {e}") from e   # pyarrow's errors derive from these
-    return self._parquet.schema_arrow.names
 
 @patch
 def _frames(self:TableFile, picked):
@@ -151,8 +155,9 @@ def _frames(self:TableFile, picked):
     if self.path is None:
         for i in range(0, len(self.source), self.chunk_rows): yield self.source.iloc[i:i+self.chunk_rows, picked]
     else:
-        names = [self._parquet.schema_arrow.names[k] for k in picked]
-        for o in self._parquet.iter_batches(self.chunk_rows, columns=names): yield o.select(names).to_pandas(ignore_metadata=True)
+        file = self._parquet()
+        names = [file.schema_arrow.names[k] for k in picked]
+        for o in file.iter_batches(self.chunk_rows, columns=names): yield o.select(names).to_pandas(ignore_metadata=True)
 
 # %% ../../nbs/10_data/11e_table_files.ipynb #247ddcaf
 @patch
