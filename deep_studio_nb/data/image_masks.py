@@ -15,12 +15,13 @@ from torch import Tensor
 from ..common.errors import DataError, listed
 from ..common.logs import get_logger
 from ..common.registry import DATASETS
+from .bad_files import remembered
 from .image_dataset import ImageDataset
 from .image_files import BadFile, guess_mode, is_hidden, list_images, read_image
 from .image_folder import find_splits
 from .mask_files import find_mask_classes, read_union, read_values, to_numbers
 from .overlays import add_legend, class_colors, draw_mask, overlay, picture_rows
-from .pairing import Side, check_pairs, find_sides, leave_out, pair_files, picture_size, settle, size_problem
+from .pairing import Side, find_sides, of_all, pair_files, picture_size, settle, size_problem, told_problems
 from .samples import Unreadable
 from .transforms import IGNORED
 
@@ -47,6 +48,7 @@ def _by_object(root):
 class ImageMasks(ImageDataset):
     "Images with a class for each pixel, from a folder of images and one of masks."
     joint = True
+    relabels = False   # a mask is corrected in its file
 
     def __init__(self,
         data_dir:str, # Folder that holds both folders, perhaps by split; or a folder a picture with one mask an object
@@ -68,6 +70,7 @@ class ImageMasks(ImageDataset):
         self.mode = guess_mode(first.files) if mode=='auto' else mode
         self._values = find_mask_classes([o[0] if isinstance(o, tuple) else o for o in first.labels], classes, ignore)
         self.classes = list(self._values.names)
+        if isinstance(self.labels[0], tuple) and len(self.classes)!=2: raise DataError(f"Masks of single objects are laid on each other, which makes two classes, but `classes` has {len(self.classes)}.")
 
 # %% ../../nbs/10_data/13c_image_masks.ipynb #4999d1dd
 @patch
@@ -105,7 +108,7 @@ def numbers(self:ImageMasks,
     return torch.from_numpy(to_numbers(union*self._values.values[-1], self._values, path[0]))
 
 @patch
-def _mask_size(self:ImageMasks, i):
+def _mask_file(self:ImageMasks, i):
     path = self.labels[i]
     return path[0] if isinstance(path, tuple) else path
 
@@ -113,7 +116,7 @@ def _mask_size(self:ImageMasks, i):
 def load(self:ImageMasks, i:int)->tuple[Any,Tensor]:
     from torchvision.tv_tensors import Mask
     im,mask = read_image(self.files[i], self.mode),self.numbers(i)
-    problem = size_problem(self._mask_size(i), (mask.shape[1],mask.shape[0]), self.files[i], im.size)
+    problem = size_problem(self._mask_file(i), (mask.shape[1],mask.shape[0]), self.files[i], im.size)
     if problem is not None: raise problem
     return im,Mask(mask)
 
@@ -131,8 +134,7 @@ def class_counts(self:ImageMasks,
 )->Tensor: # (k,) pixels of each class
     "Count the pixels of each class."
     some = range(0, len(self), max(1, -(-len(self)//n)))
-    found = check_pairs(len(some), lambda k: torch.bincount(self.numbers(some[k]).flatten(), minlength=256)[:len(self.classes)])
-    return torch.stack([o for _,o in found]).sum(0)
+    return torch.stack(of_all(len(some), lambda k: torch.bincount(self.numbers(some[k]).flatten(), minlength=256)[:len(self.classes)])).sum(0)
 
 @patch
 def facts(self:ImageMasks)->dict[str,Any]: # As `ImageDataset.facts`, with `task` "mask" and `ignore_index`
@@ -168,25 +170,36 @@ def _files_of(self:ImageMasks, i):
     return (self.files[i], *(masks if isinstance(masks, tuple) else (masks,)))
 
 # %% ../../nbs/10_data/13c_image_masks.ipynb #4b22280a
-_MOST = 5000   # masks that are looked at before the start
+def _looked_at(path, classes):
+    "What is wrong with the mask at `path`, or None, and its width and height."
+    try: mask = to_numbers(read_values(path, classes.colors), classes, path)
+    except Unreadable as e: return [e.reason,0,0]
+    return [None,mask.shape[1],mask.shape[0]]
 
 @patch
-def _problem(self:ImageMasks, i):
-    "What is wrong with mask `i`, or None."
-    try: mask = self.numbers(i)
-    except Unreadable as e: return e
-    wanted = picture_size(self.files[i])
-    return wanted and size_problem(self._mask_size(i), (mask.shape[1],mask.shape[0]), self.files[i], wanted)
+def _masks_seen(self:ImageMasks):
+    "`_looked_at` for every sample; files that were looked at before are not read again."
+    if not isinstance(self.labels[0], tuple): return remembered(f'mask of {self._values}', self.labels, lambda o: _looked_at(o, self._values))
+    def union(i):
+        try: return [None,*self.numbers(i).shape[::-1]]
+        except Unreadable as e: return [e.reason,0,0]
+    return of_all(len(self), union)
 
 @patch
-def check(self:ImageMasks)->list[BadFile]: # What was left out, and why
+def check(self:ImageMasks,
+    limit:int|None=5000 # Check nothing where there are more files; None for no limit
+)->list[BadFile]: # What was left out, and why
     "Look at every image and mask, and leave out the pairs that cannot be used."
-    bad = super(ImageMasks, self).check()
-    if len(self)>_MOST: return bad
-    found = check_pairs(len(self), self._problem)
-    rest = self.subset(leave_out(found, len(self), self.on_bad, 'masks'))
-    self.files,self.labels = rest.files,rest.labels
-    return bad + [BadFile(Path(o.path), o.reason) for _,o in found]
+    bad = super(ImageMasks, self).check(limit)
+    needed = [self._files_of(i) for i in range(len(self))]
+    if limit is not None and sum(map(len, needed))>limit: return bad
+    paths,odd = [self._mask_file(i) for i in range(len(self))],[]
+    for path,file,(why,*size) in zip(paths, self.files, self._masks_seen()):
+        wanted = picture_size(file)
+        problem = size_problem(path, tuple(size), file, wanted) if why is None and wanted else None
+        if why or problem: odd.append(BadFile(path, why or problem.reason))
+    if odd: self._leave_out(odd, needed, told_problems(odd, len(paths), 'masks'))
+    return bad + odd
 
 # %% ../../nbs/10_data/13c_image_masks.ipynb #fe8db309
 @patch

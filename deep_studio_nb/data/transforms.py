@@ -57,6 +57,8 @@ class ToTensor:
     def __repr__(self): return 'ToTensor()'
 
 # %% ../../nbs/10_data/12_transforms.ipynb #1b5e04c6
+def _told(steps): return ', '.join(getattr(o, '__name__', None) or repr(o) for o in steps)
+
 class Transforms:
     "Apply `steps` to an input, one after the other; to input and target where they move together."
     joint = True
@@ -71,7 +73,7 @@ class Transforms:
             if more: x,*more = _together(step, x, more)
             else: x = step(x)
         return (x, *more) if more else x
-    def __repr__(self): return f'Transforms({", ".join(getattr(o, "__name__", None) or repr(o) for o in self.steps)})'
+    def __repr__(self): return f'Transforms({_told(self.steps)})'
 
 # %% ../../nbs/10_data/12_transforms.ipynb #3adc3667
 _NEED_TENSOR = {'Normalize','GaussianNoise','RandomErasing','LinearTransformation'}
@@ -163,7 +165,7 @@ class InputOnly:
     )->Any: # The input changed, the target as it was
         for step in self.steps: x = step(_fitting(x, step))
         return (x, *more) if more else x
-    def __repr__(self): return f'InputOnly({self.steps})'
+    def __repr__(self): return f'InputOnly({_told(self.steps)})'
 
 # %% ../../nbs/10_data/12_transforms.ipynb #c4bfb201
 def _with_tensor(steps):
