@@ -28,6 +28,9 @@ class TransformKeys:
     train:list[Part] = field(default_factory=list) # May be random
     valid:list[Part] = field(default_factory=list) # Deterministic
     test:list[Part]|None = None # As `valid` when left out
+    preset:str|None = None # Lists that suit a kind of pictures, for the stages that are left out
+    size:int|list|None = field(default=None, metadata=dict(description="pixels of a side, as `128`, or height and width, as `[96, 128]`")) # Of the pictures that a model sees, with a preset
+    normalize:str|dict|None = field(default=None, metadata=dict(description="`imagenet`, `centred`, or `{mean: [...], std: [...]}`")) # Scaling of the colours, with a preset
 
 # %% ../../nbs/00_common/05_schema.ipynb #26c9a098
 @dataclass(kw_only=True)

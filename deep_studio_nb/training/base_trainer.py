@@ -73,7 +73,7 @@ class BaseTrainer:
 def _take_scores(self:BaseTrainer, loss:str|dict|Callable|None, metrics:Iterable|Mapping):
     "Build the loss function and the metrics."
     facts = self.train_loader.facts() if hasattr(self.train_loader, "facts") else {}
-    self.loss_fn,self.metrics = None if loss is None else build_loss(loss),build_metrics(metrics, facts)
+    self.loss_fn,self.metrics = None if loss is None else build_loss(loss, facts),build_metrics(metrics, facts)
     if isinstance(self.loss_fn, nn.Module): self.loss_fn.to(self.device)
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #b70e9d1f

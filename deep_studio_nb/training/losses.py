@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 import torch
 from torch import Tensor, nn
-from ..common.errors import DataError
+from ..common.class_weights import positive_weights_of, weights_of
+from ..common.errors import ConfigError, DataError
 from ..common.registry import LOSSES, split_spec
 from ..common.types import Loss
 
@@ -25,13 +26,15 @@ class _Following:
         if any(o.device!=preds.device for o in self.tensors.values()): self.tensors = {k:o.to(preds.device) for k,o in self.tensors.items()}
         return self.fn(preds, target, **self.tensors)
 
-# %% ../../nbs/30_training/30_losses.ipynb #52100166
+# %% ../../nbs/30_training/30_losses.ipynb #cd464222
 def build_loss(
-    spec:str|Mapping|Callable # A name, a `{type, args}` spec, or a function of predictions and targets, which is returned as it is
+    spec:str|Mapping|Callable, # A name, a `{type, args}` spec, or a function of predictions and targets, which is returned as it is
+    facts:Mapping|None=None # What the data knows, for weights that follow from it: class_counts, samples
 )->Callable: # Called with (preds, target); gives a () tensor or a `Loss`
     "Make the loss that `spec` describes; lists among its arguments become tensors."
     if not isinstance(spec, (str, Mapping)): return LOSSES.build(spec)
     name,args = split_spec(spec)
+    args = args|{k:_weights(k, v, facts or {}) for k,v in args.items() if k in ('weight', 'pos_weight') and isinstance(v, str)}
     tensors = {k:torch.tensor(v, dtype=torch.float) for k,v in args.items() if k in ('weight', 'pos_weight') and isinstance(v, (list, tuple))}
     plain = {k:v for k,v in args.items() if k not in tensors}
     if not tensors or isinstance(LOSSES.get(name), type): return LOSSES.build({'type':name, 'args':args|tensors})
@@ -45,6 +48,13 @@ def loss_name(
     "The name of a loss, for messages."
     if isinstance(loss_fn, partial): return loss_name(loss_fn.func)
     return getattr(loss_fn, '__name__', type(loss_fn).__name__)
+
+# %% ../../nbs/30_training/30_losses.ipynb #7eb53c84
+def _weights(arg:str, word:str, facts:Mapping)->list[float]:
+    "The weights that `word` asks for, as numbers."
+    counts = facts.get('class_counts')
+    if counts is None: raise ConfigError(f"`{arg}` is `{word}`, but how often each class occurs is not known: the data tells no targets without loading its inputs. Give {arg} as a list of numbers, one a class.")
+    return (weights_of(counts, word) if arg=='weight' else positive_weights_of(counts, facts['samples'])).tolist()
 
 # %% ../../nbs/30_training/30_losses.ipynb #9820e11a
 def _kind(loss_fn:Callable)->str:
