@@ -18,7 +18,7 @@ from .config_files import on_path
 from .errors import UnknownName, did_you_mean, listed
 from .problems import Document, KeyPath, Problem, dotted
 from .registry import REGISTRIES, Registry
-from .schema import SECTIONS, Slot
+from .schema import SECTIONS, WEIGHT_KINDS, Slot
 from .schema_check import found_words
 
 # %% ../../nbs/00_common/05b_parts.ipynb #a1f7f67a
@@ -122,8 +122,13 @@ def _part_problems(doc:Document, path:KeyPath, slot:Slot, spec:str|dict)->list[P
     called = registry.keeps_functions and not inspect.isclass(obj)
     provided = set(slot.provided) - ({"dataset"} if slot.kind=="loader" and "dataset" not in doc.data else set())
     needs_all = not called and not (slot.kind=="model" and _has_own_facts(doc.data))
-    found = check_args(obj, args, slot.called_with if called else slot.given, provided, needs_all)
-    return [_arg_problem(doc, path, name, args, p) for p in found]
+    words = [k for k in ("weight","pos_weight") if slot.kind=="loss" and isinstance(args.get(k), str)]
+    found = check_args(obj, args|{k: [1.] for k in words}, slot.called_with if called else slot.given, provided, needs_all)
+    return [_word_problem(doc, path+("args",k), args[k]) for k in words if args[k] not in WEIGHT_KINDS] + [_arg_problem(doc, path, name, args, p) for p in found]
+
+# %% ../../nbs/00_common/05b_parts.ipynb #1ca7dfd2
+def _word_problem(doc:Document, path:KeyPath, word:str)->Problem:
+    return Problem(doc.place(path), dotted(path), found_words(word), f"a number for each class, or one of {listed(WEIGHT_KINDS)}", did_you_mean(word, WEIGHT_KINDS).removeprefix(", "))
 
 # %% ../../nbs/00_common/05b_parts.ipynb #ae6bfffa
 def _has_own_loss(obj:Any)->bool|None: # None if only building it could tell
