@@ -8,8 +8,10 @@ __all__ = ['show_batch']
 # %% ../../nbs/10_data/16_show.ipynb #4330c70b
 from typing import TYPE_CHECKING, Any
 from torch import Tensor
+from ..common.drawn_tables import draw_table
 from ..common.errors import DataError
-from ..common.pictures import image_grid, new_picture
+from ..common.pictures import image_grid
+from .overlays import add_legend, class_colors, overlay, picture_rows
 from .samples import BaseDataset, Samples
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -41,18 +43,21 @@ def _look(source, n):
     ds = getattr(source, 'dataset', None)
     return _unbatch(next(iter(source)), n),ds if isinstance(ds, BaseDataset) else _Bare()
 
-# %% ../../nbs/10_data/16_show.ipynb #bfb28b35
-def _table(rows):
-    "Draw `rows` of (input, target) as text."
-    fig = new_picture(7, 0.26*len(rows)+0.5)
-    ax = fig.subplots()
-    ax.axis('off')
-    for k,(a,b) in enumerate([('input','target'), *rows]):
-        for at,text in ((0.02,a),(0.8,b)):
-            ax.text(at, 1-(k+0.6)/(len(rows)+1), text, size=9, va='center', weight='bold' if not k else None)
-    return fig
+# %% ../../nbs/10_data/16_show.ipynb #84f7f970
+def _masks(seen, masks, ncols):
+    "Draw `masks` over pictures, with their numbers as classes."
+    names = [str(i) for i in range(max(int(o.max()) for o in masks)+1)]
+    colors = class_colors(names)
+    fig = picture_rows([[overlay(x, o, colors) for x,o in zip(seen, masks)]], [['']*len(seen)], ncols)
+    return add_legend(fig, names, colors, any(bool((o<0).any()) for o in masks))
 
-# %% ../../nbs/10_data/16_show.ipynb #a842911d
+def _picture_targets(seen, targets, ncols):
+    "Draw pictures with `targets` that are masks or pictures; None where they are something else."
+    if not all(isinstance(o, Tensor) for o in (*seen, *targets)): return None
+    if targets[0].dim()==2 and not targets[0].is_floating_point(): return _masks(seen, targets, ncols)
+    if targets[0].dim()==3: return picture_rows([seen, [_Bare().decode(o) for o in targets]], [['input']*len(seen), ['target']*len(seen)], ncols)
+
+# %% ../../nbs/10_data/16_show.ipynb #0c98a441
 def show_batch(
     source:Any, # A loader, a dataset, or a batch: tensors (b, ...), the last one the targets
     n:int=16, # Samples to show, at most
@@ -60,8 +65,10 @@ def show_batch(
 )->Figure: # Pictures with their targets above, or a table of values
     "Draw samples the way a person recognises them."
     samples,ds = _look(source, n)
-    pairs = [o if isinstance(o, (tuple,list)) else (o,) for o in samples]
-    seen = [ds.decode(o[0]) for o in pairs]
-    names = [ds.target_name(o[-1]) if len(o)>1 else '' for o in pairs]
-    if all(isinstance(o, str) for o in seen): return _table(list(zip(seen, names)))
+    pairs = [tuple(o) if isinstance(o, (tuple,list)) else (o,) for o in samples]
+    if ds.show is not None: return ds.show(pairs, ncols)
+    seen,targets = [ds.decode(o[0]) for o in pairs],[o[-1] for o in pairs if len(o)>1]
+    if targets and (fig := _picture_targets(seen, targets, ncols)) is not None: return fig
+    names = [ds.target_name(o) for o in targets] or ['']*len(seen)
+    if all(isinstance(o, str) for o in seen): return draw_table([dict(input=a, target=b) for a,b in zip(seen, names)])
     return image_grid(seen, titles=names, ncols=min(ncols, len(seen)))
