@@ -53,6 +53,7 @@ def draw_table(
     cells = [table.columns(), *([cell_text(row.get(c)).replace('$', r'\$') for c in table.columns()] for row in table)]
     shares = _shares(cells, int(width/_LETTER))
     fig = new_picture(max(sum(shares)*_LETTER, 1), _LINE*len(cells)+0.1)
+    fig.set_layout_engine('none')
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, sum(shares)), ylim=(len(cells), 0))
     ax.axis('off')

@@ -17,7 +17,7 @@ from ..common.errors import DataError
 from ..common.files import write_text
 from ..common.tables import Table
 from ..common.types import Metrics
-from .rows import guess_task, joined, kept, rows_of
+from .rows import task_of_outputs, joined, kept, rows_of
 from ..training.metrics import Meter
 from ..training.passes import evaluated
 
@@ -33,7 +33,7 @@ class Evaluation:
     split:str='test' # train, valid or test
     task:str|None=None # What the outputs stand for, as the data says it; guessed when None
 
-    def __post_init__(self): self.task = self.task or guess_task(self.preds, self.classes)
+    def __post_init__(self): self.task = self.task or task_of_outputs(self.preds, self.classes)
     def __len__(self): return len(self.ids)
     @property
     def is_classes(self) -> bool:
@@ -93,7 +93,7 @@ def evaluate(
     "Run `model` over every batch of `loader` once, and keep what it said."
     meter,preds,targets = Meter(metrics),[],[]
     for out,target,losses,extra in evaluated(model, loader, loss, device):
-        task = task or guess_task(out, classes)
+        task = task or task_of_outputs(out, classes)
         meter.add(losses, out, target, values=extra)
         preds.append(kept(task, out))
         targets.append(target.cpu())
