@@ -19,7 +19,7 @@ from .bad_files import remembered
 from .image_dataset import ImageDataset
 from .image_files import BadFile, guess_mode, is_hidden, list_images, read_image
 from .image_folder import find_splits
-from .mask_files import find_mask_classes, read_union, read_values, to_numbers
+from .mask_files import find_mask_classes, read_union, mask_values, to_numbers
 from .overlays import add_legend, class_colors, draw_mask, overlay, picture_rows
 from .pairing import Side, find_sides, of_all, pair_files, picture_size, settle, size_problem, told_problems
 from .samples import Unreadable
@@ -103,7 +103,7 @@ def numbers(self:ImageMasks,
 )->Tensor: # (h, w) uint8 class numbers, 255 where nothing counts
     "Read the mask of image `i`."
     path = self.labels[i]
-    if not isinstance(path, tuple): return torch.from_numpy(to_numbers(read_values(path, self._values.colors), self._values, path))
+    if not isinstance(path, tuple): return torch.from_numpy(to_numbers(mask_values(path, self._values.colors), self._values, path))
     union = read_union(path)
     return torch.from_numpy(to_numbers(union*self._values.values[-1], self._values, path[0]))
 
@@ -172,7 +172,7 @@ def _files_of(self:ImageMasks, i):
 # %% ../../nbs/10_data/13c_image_masks.ipynb #4b22280a
 def _looked_at(path, classes):
     "What is wrong with the mask at `path`, or None, and its width and height."
-    try: mask = to_numbers(read_values(path, classes.colors), classes, path)
+    try: mask = to_numbers(mask_values(path, classes.colors), classes, path)
     except Unreadable as e: return [e.reason,0,0]
     return [None,mask.shape[1],mask.shape[0]]
 
