@@ -16,10 +16,11 @@ from torch import Tensor
 from ..common.errors import DataError
 from ..common.logs import get_logger
 from .bad_files import file_hashes, find_bad
+from .corrections import replay
 from .image_files import BadFile, guess_mode, read_image
 from .image_pixels import read_pixels
 from .samples import BaseDataset
-from .tensors import label_names, target_facts
+from .tensors import name_target, target_facts
 from .transforms import ToTensor
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #4fb07c1b
@@ -28,7 +29,7 @@ def _check_words(mode, on_bad):
     if mode not in ('auto','L','RGB'): raise DataError(f"`mode` is {mode!r}. It is \"auto\", \"L\" for grey or \"RGB\" for colour.")
     if on_bad not in ('skip','raise'): raise DataError(f"`on_bad` is {on_bad!r}. It is \"skip\" or \"raise\".")
 
-# %% ../../nbs/10_data/13_image_dataset.ipynb #314d7254
+# %% ../../nbs/10_data/13_image_dataset.ipynb #8dd48d4f
 class ImageDataset(BaseDataset):
     "Image files, each with its target."
     kind = 'image'
@@ -45,13 +46,15 @@ class ImageDataset(BaseDataset):
         classes:Sequence[str]|None=None, # Class names in label order
         data_dir:str|Path='.', # Folder below which the files have their names
         mode:str='auto', # "L" for grey, "RGB" for colour, "auto" to look at the images
-        on_bad:str='skip' # What to do with files that cannot be read: "skip" or "raise"
+        on_bad:str='skip', # What to do with files that cannot be read: "skip" or "raise"
+        journal:str|None=None # Corrections of labels; None for `labels_journal.jsonl` in `data_dir`, "off" for none
     ):
         _check_words(mode, on_bad)
         self.files,self.labels = [Path(o) for o in files],[tuple(o.tolist()) if isinstance(o, Tensor) and o.dim() else o for o in labels]
         if len(self.files)!=len(self.labels): raise DataError(f"There are {len(self.labels)} `labels` for {len(self.files)} `files`: every file has one.")
         self.classes = None if classes is None else list(classes)
-        self.data_dir,self.on_bad,self._listed = Path(data_dir),on_bad,{}
+        self.data_dir,self.on_bad,self.journal,self._listed = Path(data_dir),on_bad,journal,{}
+        self._correct()
         self.mode = guess_mode(self.files) if mode=='auto' else mode
 
     def __len__(self): return len(self.files)
@@ -65,6 +68,30 @@ class ImageDataset(BaseDataset):
         return read_pixels(self.files[i], self.mode, at_least),self._target(i)
 
     def _target(self, i): return torch.tensor(self.labels[i]) if isinstance(self.labels[i], tuple) else self.labels[i]
+
+# %% ../../nbs/10_data/13_image_dataset.ipynb #1a48de53
+@patch
+def _correct(self:ImageDataset):
+    "Do what the journal of labels says."
+    edits = replay(self, self.journal, self.data_dir)
+    for i,to in edits.labels.items(): self.labels[i] = self._as_label(to, self.labels[i])
+    if edits.keep is not None:
+        for o in self._per_sample: setattr(self, o, [getattr(self, o)[i] for i in edits.keep])
+    self.left_out = {**self.left_out, **edits.left_out}
+
+@patch
+def _as_label(self:ImageDataset, to, was):
+    "Turn `to`, as a journal writes it, into a label like `was`."
+    if self.classes is None: return (float(to),) if isinstance(was, tuple) else to
+    return tuple(float(o in to) for o in self.classes) if isinstance(to, list) else self.classes.index(to)
+
+@patch
+def content_size(self:ImageDataset, i:int)->int: return _size(self.files[int(i)])
+
+def _size(path):
+    "Bytes of the file at `path`, -1 when it is gone."
+    try: return os.path.getsize(path)
+    except OSError: return -1
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #e8287461
 @patch
@@ -108,20 +135,13 @@ def content_ids(self:ImageDataset,
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #75ddbfd1
 @patch
-def target_name(self:ImageDataset, y:Any)->str:
-    y = y.tolist() if hasattr(y, 'tolist') else y
-    return label_names(y, self.classes) if isinstance(y, (list,tuple)) and self.classes is not None else super(ImageDataset, self).target_name(y)
+def target_name(self:ImageDataset, y:Any)->str: return name_target(y, self.classes) or super(ImageDataset, self).target_name(y)
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #27f1e84c
 @patch
 def facts(self:ImageDataset)->dict[str,Any]: # As `BaseDataset.facts`, `mode` and `target_facts`
     "Tell what a model may want to know about the images."
     return {**super(ImageDataset, self).facts(), 'mode': self.mode, **target_facts(self.targets(), self.classes)}
-
-def _size(path):
-    "Bytes of the file at `path`, -1 when it is gone: `fingerprint` is no place to fail."
-    try: return os.path.getsize(path)
-    except OSError: return -1
 
 @patch
 def _content(self:ImageDataset)->Iterable[bytes]:
@@ -138,8 +158,9 @@ def split(self:ImageDataset,
     if name not in self._splits: return None
     res,key = self.using(name),(name,self._checked)
     if key not in self._listed:
-        res._read(name)
         res.left_out = {}
+        res._read(name)
+        res._correct()
         if self._checked: res.check(*self._checked)
         self._listed[key] = {o: getattr(res, o) for o in (*self._per_sample, *self._per_split, 'left_out')}
     for k,v in self._listed[key].items(): setattr(res, k, v)
@@ -187,3 +208,4 @@ def _leave_out(self:ImageDataset, bad, needed, text):
     kept,rest = set(good),self.subset(good)
     self.left_out = {**self.left_out, **{self.sample_id(i): next(why[o] for o in some if o in why) for i,some in enumerate(needed) if i not in kept}}
     for o in self._per_sample: setattr(self, o, getattr(rest, o))
+    self.cache = None

@@ -74,14 +74,15 @@ class ImageFolder(ImageDataset):
         split:str='train', # "train", "valid" or "test"
         mode:str='auto', # "L" for grey, "RGB" for colour, "auto" to look at the training images
         on_bad:str='skip', # What to do with files that cannot be read: "skip" or "raise"
-        classes:Sequence[str]|None=None # Class names in label order; None for the folders of the training split
+        classes:Sequence[str]|None=None, # Class names in label order; None for the folders of the training split
+        journal:str|None=None # Corrections of labels; None for `labels_journal.jsonl` in `data_dir`, "off" for none
     ):
         self.data_dir,self._splits = Path(data_dir),find_splits(data_dir) or dict(train=Path(data_dir))
         first = self._splits.get('train') or self._splits.get(split)
         self.classes = list(classes) if classes is not None else _find_classes(first) if first else []
         self._read(split)
         if mode=='auto' and split!='train': mode = guess_mode(_find_files(first, self.classes)[0])
-        super().__init__(self.files, self.labels, self.classes, data_dir, mode, on_bad)
+        super().__init__(self.files, self.labels, self.classes, data_dir, mode, on_bad, journal)
 
 # %% ../../nbs/10_data/13a_image_folder.ipynb #2088dfc5
 _log = get_logger('data')
