@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .batch_steps import BatchCrop, BatchErase, BatchFlip, BatchKernel, BatchResizedCrop, BatchStep, Pixels, sizes_of, stacked
+from .batch_steps import BatchCrop, BatchErase, BatchFlip, BatchFloats, BatchKernel, BatchResizedCrop, BatchStep, Pixels, sizes_of, stacked
 from .batch_warps import BatchAffine, BatchBlur, BatchChosen, BatchJitter, BatchRotation
 from .draws import uniforms
 from .transforms import ToTensor, Transforms
@@ -30,6 +30,7 @@ def _resize(step):
     return BatchKernel(step, fn, fixes=len(step.size)==2, alone=True)
 
 def _to_dtype(step):
+    if step.dtype is torch.float32: return BatchFloats([step])
     if not isinstance(step.dtype, torch.dtype): return None
     return BatchKernel(step, partial(_kernels().to_dtype_image, dtype=step.dtype, scale=step.scale))
 
@@ -61,7 +62,7 @@ _FIXED = dict(
     Pad=lambda s: BatchKernel(s, partial(_kernels().pad_image, padding=s.padding, fill=s.fill, padding_mode=s.padding_mode)) if _plain_fill(s) else None,
     Grayscale=lambda s: BatchKernel(s, partial(_kernels().rgb_to_grayscale_image, num_output_channels=s.num_output_channels), alone=True),
     ToDtype=_to_dtype,
-    Normalize=lambda s: BatchKernel(s, partial(_kernels().normalize_image, mean=s.mean, std=s.std)),
+    Normalize=lambda s: BatchFloats([s]),
     ToImage=BatchStep, PILToTensor=BatchStep, Identity=BatchStep)
 
 def _of_torchvision(step): return type(step).__module__.startswith('torchvision.transforms.v2.')
@@ -70,17 +71,29 @@ def batch_step(
     step:Callable # One transform
 )->BatchStep|None: # None where only single samples will do
     "Find what does the same as `step` for a batch."
-    if type(step) is ToTensor: return BatchKernel(step, step)
+    if type(step) is ToTensor: return BatchFloats([step])
     make = {**_FIXED, **_RANDOM}.get(type(step).__name__) if _of_torchvision(step) else None
     return None if make is None else make(step)
 
 # %% ../../nbs/10_data/12e_augment.ipynb #0b8f6c21
+def _merged(steps):
+    "Merge neighbours that make floats and normalise them."
+    res = []
+    for o in steps:
+        if res and isinstance(o, BatchFloats) and isinstance(res[-1], BatchFloats): res[-1] = BatchFloats([*res[-1].steps, *o.steps])
+        else: res.append(o)
+    return res
+
+_SMALL = 2**14   # numbers in a picture; to copy that many costs less than to take each step for every picture
+
 class BatchAugment:
     "Apply steps to a batch, each sample with its own draw."
     def __init__(self,
-        steps:Sequence[BatchStep], # What to do, in this order
-        fixed:bool=False # Whether the pictures that come have one size
-    ): self.steps,self.fixed,self.n = list(steps),fixed,sum(o.n for o in steps)
+        steps:Sequence[BatchStep] # What to do, in this order
+    ):
+        self.steps = _merged(steps)
+        self.n = sum(o.n for o in self.steps)
+        self._loose = max((i+1 for i,o in enumerate(self.steps) if o.fixes), default=0)   # steps that pictures go through one by one
 
     @property
     def random(self)->bool:
@@ -93,8 +106,8 @@ class BatchAugment:
     )->Pixels: # (b, c, h, w) floats; a list where the sizes differ
         "Transform all pictures of a batch."
         u,at = uniforms(draws, self.n) if self.n else None,0
-        if self.fixed: xs = stacked(xs)
-        for step in self.steps:
+        for i,step in enumerate(self.steps):
+            if i==self._loose or not i and xs[0].numel()<=_SMALL: xs = stacked(xs)
             drawn = step.params(u[:,at:at+step.n], sizes_of(xs)) if step.n else {}
             xs,at = step.apply(xs, **drawn),at+step.n
         return stacked(xs)
@@ -103,11 +116,7 @@ class BatchAugment:
 
 # %% ../../nbs/10_data/12e_augment.ipynb #7df35da7
 _BYTES = {'Resize','CenterCrop','Pad','Grayscale','ToImage','PILToTensor','Identity'}   # not random, and leave bytes bytes
-_FIXES = {'CenterCrop','RandomCrop','RandomResizedCrop'}
-
 def _can_prepare(step): return _of_torchvision(step) and type(step).__name__ in _BYTES
-
-def _fixes(step): return type(step).__name__ in _FIXES or type(step).__name__=='Resize' and step.size is not None and len(step.size)==2
 
 def _pixels(x):
     "Give the bytes of a picture as (c, h, w); those of an array lie as they lay."
@@ -136,7 +145,7 @@ class Plan:
         self.random = batch is None or batch.random
         self.pixels = not before or self.random
         self.cacheable = not joint
-        self.key = repr(self.before)
+        self.key = repr((self.before,self.pixels,self.at_least))
 
     def prepare(self,
         x:Any, # Picture, or bytes (c, h, w)
@@ -180,7 +189,7 @@ def plan_of(
     n = next((i for i,o in enumerate(steps) if not _can_prepare(o)), len(steps))
     before,rest = steps[:n],steps[n:]
     found = [batch_step(o) for o in rest]
-    batch = None if None in found else BatchAugment(found, any(map(_fixes, before)))
+    batch = None if None in found else BatchAugment(found)
     random = batch is None or batch.random
     return Plan(before, rest, batch, at_least=_needed(before, rest) if random else None)
 

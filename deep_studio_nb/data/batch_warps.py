@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
-from .batch_steps import BatchStep, Pixels
+from .batch_steps import BatchStep, chunks
 
 # %% ../../nbs/10_data/12d_batch_warps.ipynb #b38ae018
 def inverse_affine(
@@ -40,13 +40,19 @@ def _places(matrix, h, w, dtype):
     base[...,0] = torch.linspace((1.-w)*0.5, (w-1.)*0.5, w)
     base[...,1] = torch.linspace((1.-h)*0.5, (h-1.)*0.5, h)[:,None]
     base,half = base.view(1, h*w, 3),torch.tensor([0.5*w,0.5*h], dtype=dtype)
-    theta = torch.tensor(matrix, dtype=dtype).view(-1, 2, 3).transpose(1, 2).div_(half)
+    theta = matrix.to(dtype).view(-1, 2, 3).transpose(1, 2).div_(half)
     return torch.cat([base.bmm(o[None]) for o in theta]).view(-1, h, w, 2)
 
 def _filled(x, inside, fill, mode):
     "Put `fill` where `inside` says that nothing was sampled."
     fill = torch.tensor(fill if isinstance(fill, (list,tuple)) else [float(fill)], dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
     return torch.where(inside<0.5, fill, x) if mode=='nearest' else x.sub_(fill).mul_(inside).add_(fill)
+
+def _warp(x, matrix, mode, fill, masked):
+    b,c,h,w = x.shape
+    if masked: x = torch.cat([x, torch.ones(b, 1, h, w, dtype=x.dtype, device=x.device)], 1)
+    res = grid_sample(x, _places(matrix, h, w, x.dtype).to(x.device), mode, 'zeros', False)
+    return _filled(res[:,:c], res[:,c:], fill, mode) if masked else res
 
 def warp(
     xs:Tensor, # (b, c, h, w) pictures
@@ -55,13 +61,12 @@ def warp(
     fill:float|Sequence[float]|None=0 # Value outside of the pictures, or one a channel; None for 0
 )->Tensor: # (b, c, h, w)
     "Warp every picture by its own matrix."
-    x = xs if xs.is_floating_point() else xs.float()
-    b,c,h,w = x.shape
     masked = fill is not None and not (mode=='nearest' and isinstance(fill, (int,float)) and fill==0)
-    if masked: x = torch.cat([x, torch.ones(b, 1, h, w, dtype=x.dtype, device=x.device)], 1)
-    res = grid_sample(x, _places(matrix, h, w, x.dtype).to(x.device), mode, 'zeros', False)
-    if masked: res = _filled(res[:,:c], res[:,c:], fill, mode)
-    return res if xs.is_floating_point() else res.round_().to(xs.dtype)
+    res = torch.empty_like(xs, memory_format=torch.contiguous_format)
+    for x,m,y in chunks(xs, torch.tensor(matrix, dtype=torch.double), res):
+        moved = _warp(x if x.is_floating_point() else x.float(), m, mode, fill, masked)
+        y.copy_(moved if x.is_floating_point() else moved.round_())
+    return res
 
 # %% ../../nbs/10_data/12d_batch_warps.ipynb #14514c86
 def _between(u, limits):
