@@ -7,7 +7,7 @@ __all__ = ['journal_file', 'Edits', 'replay', 'journal_of', 'find_sample', 'rela
 
 # %% ../../nbs/10_data/11g_corrections.ipynb #26539f98
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
