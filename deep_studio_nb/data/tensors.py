@@ -27,9 +27,6 @@ def _as_tensor(o, name, target=False):
 # %% ../../nbs/10_data/10a_tensors.ipynb #41a5794f
 class Tensors(BaseDataset):
     "Inputs and targets held in memory, gathered by batch."
-    _splits = ()      # The splits that a kind of data comes with; its `_read` gives inputs and targets of one
-    _part = 'train'   # The split that the samples are of, whatever stage they are used in
-
     def __init__(self,
         x:Any, # (n, ...) inputs: floats, or uint8 pixels that are handed out as floats 0 to 1
         y:Any=None, # (n, ...) targets: whole numbers are labels; None when there are none
@@ -89,19 +86,6 @@ def _gather_pixels(self:Tensors, indices):
 def gather_pixels(self:Tensors)->Callable|None:
     "Pick a whole batch of uint8 pixels, when the inputs are some."
     return self._gather_pixels if self.kind=='image' and self.x.dtype==torch.uint8 else None
-
-# %% ../../nbs/10_data/10a_tensors.ipynb #cb296ec5
-@patch
-def split(self:Tensors,
-    name:str # "train", "valid" or "test"
-)->BaseDataset|None: # That split in its own stage, or None when there is none
-    "Give the split `name` of this data."
-    if not self._splits or name==self.stage=='train': return super(Tensors, self).split(name)
-    if name not in self._splits: return None
-    res,read = self.using(name),self.__dict__.setdefault('_kept', {})
-    if name not in read: read[name] = res._read(name)
-    res.x,res.y,res._part = *read[name],name
-    return res
 
 # %% ../../nbs/10_data/10a_tensors.ipynb #8c9c0b83
 def target_facts(
