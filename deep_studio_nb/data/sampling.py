@@ -8,7 +8,6 @@ __all__ = ['SAMPLINGS', 'class_counts', 'share_places', 'fill_places', 'by_lengt
 
 # %% ../../nbs/10_data/18a_sampling.ipynb #c00cf509
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 import torch
 from torch import Tensor
 from ..common.class_weights import positive_weights_of, weights_of
