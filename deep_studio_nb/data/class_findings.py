@@ -55,7 +55,7 @@ def draw_counts(
     ax.set_yticks(range(len(shown)), [str(o['class'])[:24] for o in shown], size=8)
     ax.invert_yaxis()
     ax.spines[['top','right']].set_visible(False)
-    if len(splits)>1: ax.legend(fontsize=8, frameon=False)
+    if len(splits)>1: ax.legend(fontsize=8, frameon=False, loc='lower left', bbox_to_anchor=(0,1), ncols=len(splits))
     return fig
 
 # %% ../../nbs/10_data/19e_class_findings.ipynb #571f8c3a

@@ -131,8 +131,8 @@ def _finding_html(finding):
 
 def _picture_html(name, draw):
     "Embed the picture that `draw` makes."
-    draw().savefig(out := io.BytesIO(), format='png', dpi=80)
-    return f'<p><b>{html.escape(name)}</b><br><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"></p>'
+    draw().savefig(out := io.BytesIO(), format='jpg', dpi=80, pil_kwargs=dict(quality=85))   # photos are large as PNG
+    return f'<p><b>{html.escape(name)}</b><br><img alt="{html.escape(name)}" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"></p>'
 
 # %% ../../nbs/10_data/19a_findings.ipynb #4c833b2e
 @patch

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from .bad_files import remembered
 from .counting import counting
-from .image_files import _why, convert_image
+from .image_files import MAX_PIXELS, _too_large, _why, convert_image
+from .samples import Unreadable
 
 if TYPE_CHECKING: from numpy import ndarray
 else: ndarray = 'ndarray'   # the documentation evaluates annotations
@@ -56,8 +57,10 @@ def look_at(
         raw = Path(path).read_bytes()
         with Image.open(BytesIO(raw)) as im:
             mode,(width,height),frames = im.mode,im.size,getattr(im, 'n_frames', 1)
+            if width*height>MAX_PIXELS: raise _too_large(path, width, height, MAX_PIXELS)
             im.draft(mode, (4*THUMB, 4*THUMB))
             return PictureFacts('', hashlib.sha256(raw).hexdigest(), width, height, mode, im.format or '', frames, thumb_of(im))
+    except Unreadable as e: return PictureFacts(e.reason)
     except Exception as e: return PictureFacts(_why(path, e))   # decoders raise anything
 
 # %% ../../nbs/10_data/19c_picture_facts.ipynb #309d1f39
