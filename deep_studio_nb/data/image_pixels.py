@@ -67,13 +67,13 @@ def _decoders_agree():
     f,noise = io.BytesIO(),np.arange(33*35*3)*2654435761>>24&255
     Image.fromarray(noise.astype(np.uint8).reshape(33,35,3)).save(f, 'JPEG', quality=85)
     try: return torch.equal(_decode(bytearray(f.getvalue()), 'jpeg', 3), picture_pixels(Image.open(f)))
-    except RuntimeError: return False   # built without a decoder
+    except (ImportError,AttributeError,RuntimeError): return False   # torchvision without decoders, or with others
 
 def _decode(data, kind, channels):
     "Unpack `data` by torchvision, turned as its notes say."
-    from torchvision.io import ImageReadMode, decode_jpeg, decode_png
-    fn = decode_jpeg if kind=='jpeg' else decode_png
-    return fn(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.GRAY if channels==1 else ImageReadMode.RGB, apply_exif_orientation=True)
+    import torchvision.io  # noqa: F401 (makes its operators known)
+    fn = torch.ops.image.decode_jpeg if kind=='jpeg' else torch.ops.image.decode_png   # called as such, without the wrapper's warning
+    return fn(torch.frombuffer(data, dtype=torch.uint8), 1 if channels==1 else 3, True)
 
 # %% ../../nbs/10_data/11_image_pixels.ipynb #f4e13144
 def _plain(data, mode):

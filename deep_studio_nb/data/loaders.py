@@ -6,25 +6,30 @@
 __all__ = ['BaseDataLoader', 'DataLoader']
 
 # %% ../../nbs/10_data/19_loaders.ipynb #dc5d8ca1
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from multiprocessing.resource_tracker import ensure_running
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import torch
 from fastcore.basics import patch
 from torch.utils import data as torch_data
-from ..common.errors import DataError, StudioError
+from ..common.errors import DataError, StudioError, did_you_mean, listed
 from ..common.logs import get_logger
 from ..common.pictures import save_picture
 from ..common.randomness import generator
 from ..common.registry import LOADERS
-from .batches import Collate, EpochSampler
-from .plain_datasets import PlainDataset, as_dataset
+from .augment import plan_of  # noqa: F401 (gives transforms their plan)
+from .bad_files import remember_bad
+from .batches import EpochSampler
+from .division import divide
+from .image_files import BadFile
+from .keeping import STARTS, Cost, Room, check_cache, choose_workers, look_ahead, make_cache
 from .samples import Samples
+from .sampling import order_of
 from .show import show_batch as draw_batch
-from .splits import held_out_count, hold_out
+from .streams import Jobs, Maker, Packed, picks_pixels
+from .workers import Threads, in_worker, without_ctrl_c
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
@@ -32,36 +37,30 @@ else: Figure = 'Figure'   # the documentation evaluates annotations
 # %% ../../nbs/10_data/19_loaders.ipynb #ae98ee2a
 def _check_counts(**counts):
     "Refuse counts that are no whole numbers or too small."
-    for name,(value,least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value<least: raise DataError(f"`{name}` is {value!r}. It is a whole number, at least {least}.")
+    for name,(value,least,words) in counts.items():
+        if value in words and isinstance(value, str): continue
+        if isinstance(value, bool) or not isinstance(value, int) or value<least: raise DataError(f"`{name}` is {value!r}. It is a whole number, at least {least}{''.join(f', or {o!r}' for o in words)}.")
 
-def _divide(ds, amount, seed):
-    "Split `ds` into what is trained on and what is held out (or None)."
-    if not len(ds): raise DataError("The dataset has no samples.")
-    n_out = held_out_count(amount, len(ds))
-    if not n_out: return ds,None
-    if ds.split('valid') is not None:
-        get_logger('data').warning("%d training samples are held out as `validation_split` %r says, and the validation split that the data comes with is not used. Set `validation_split` to 0 to use that one.", n_out, amount)
-    if isinstance(ds, PlainDataset) and getattr(ds.source, 'transform', None) is not None:
-        get_logger('data').warning("%s applies its own `transform` to the samples held out for validation too. If it augments, give it to the dataset by `with_transforms` instead.", type(ds.source).__name__)
-    train,out = hold_out(len(ds), n_out, ds.targets(), seed)
-    return ds.subset(train),ds.subset(out).using('valid')
+def _check_words(shuffle, sampling, start):
+    "Refuse words that a loader does not know, or that contradict each other."
+    if start not in STARTS: raise DataError(f"`start` is {start!r}{did_you_mean(str(start), STARTS) or '.'} It is one of {listed(STARTS)}.")
+    if sampling!='shuffle' and not shuffle: raise DataError(f"`sampling` is {sampling!r}, but `shuffle` is false: samples come in their own order then. Leave one of them out.")
 
 # %% ../../nbs/10_data/19_loaders.ipynb #905ee401
-def _in_worker(worker):
-    "Leave Ctrl-C to the main process."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@dataclass
+class _Shared:
+    "What the loaders of one dataset have in common."
+    cache:str
+    start:str
+    room:Room
+    threads:Threads|None = None
 
-@contextmanager
-def _without_ctrl_c()->Iterator[None]:
-    "Let processes that are started in the block never hear Ctrl-C."
-    if not hasattr(signal, 'pthread_sigmask'): return (yield)   # Windows: workers ignore it a moment after their start
-    ensure_running()   # the helper process that multiprocessing starts with the first worker; doing so would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def threads_for(self, n):
+        "Start `n` threads, or give those that were started."
+        if self.threads is None: self.threads = Threads(n)
+        return self.threads
 
-# %% ../../nbs/10_data/19_loaders.ipynb #3d16c48d
+# %% ../../nbs/10_data/19_loaders.ipynb #364bb161
 class BaseDataLoader(torch_data.DataLoader):
     "Give batches of `dataset`, in an order and with draws that follow from seed and epoch."
     def __init__(self,
@@ -69,24 +68,44 @@ class BaseDataLoader(torch_data.DataLoader):
         batch_size:int=32, # Samples in a batch
         shuffle:bool=True, # Whether each epoch has another order
         validation_split:float|int|None=0.0, # What to hold out for validation: a share (0.2) or a number of samples (200)
-        num_workers:int=0, # Processes that load samples; data that is gathered from memory uses none
-        collate_fn:Callable|None=None, # Makes a batch of a list of samples; None for torch's own
+        num_workers:int|str='auto', # Threads or processes that load samples; "auto" for what this machine has, none for small data and data in memory
+        collate_fn:Callable|None=None, # Makes a batch of a list of samples; None for the dataset's way, or torch's own
         *,
         seed:int=0, # Seed of the split, the order and the draws
-        drop_last:bool=False # Whether to leave out a last batch that is not full
+        drop_last:bool=False, # Whether to leave out a last batch that is not full
+        sampling:str='shuffle', # What an epoch of training is made of: "shuffle", "balanced", "weighted" or "by_length"
+        weights:Mapping[str,float]|Sequence[float]|None=None, # For "weighted": how many times as often a sample of a class comes
+        cache:str='auto', # Where prepared images are kept after the first epoch: "memory", "disk", "off", or "auto"
+        cache_budget:float|str|None=None, # What they may take: gigabytes (2) or a text ("500MB"); None for a quarter of the free memory, a tenth of the free disk
+        start:str='auto', # What workers are: "threads", "fork", "spawn", "forkserver", or "auto"
+        test_split:float|int|None=0.0, # What to hold out for the test, as `validation_split`
+        by:str='stratified', # How samples are held out: "stratified" by class, "random", by "group", or the latest by "time"
+        groups:Any=None, # What must not be divided: a column, "folder", a pattern for names, or the values
+        times:Any=None # When each sample was taken, in the same words
     ):
-        _check_counts(batch_size=(batch_size,1), num_workers=(num_workers,0))
-        kept,self._held = _divide(as_dataset(dataset), validation_split, seed)
-        self.seed,self.shuffle,self._given_collate = seed,shuffle,collate_fn
-        sampler = EpochSampler(len(kept), shuffle, seed, kept.stage=='train')
-        super().__init__(kept, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=Collate(collate_fn), drop_last=drop_last,
-                         worker_init_fn=_in_worker, generator=generator(seed, 'workers'), persistent_workers=num_workers>0)
+        _check_counts(batch_size=(batch_size,1,()), num_workers=(num_workers,0,('auto',)))
+        _check_words(shuffle, sampling, start)
+        check_cache(cache, cache_budget)
+        self.division = divide(dataset, validation_split, test_split, by, groups, times, seed)
+        self._begin(self.division.train, batch_size, shuffle, num_workers, collate_fn, seed, drop_last, (sampling,weights), _Shared(cache, start, Room(cache_budget)))
 
-# %% ../../nbs/10_data/19_loaders.ipynb #2deb7a66
+# %% ../../nbs/10_data/19_loaders.ipynb #3d16c48d
+@patch
+def _begin(self:BaseDataLoader, ds, batch_size, shuffle, num_workers, collate_fn, seed, drop_last, sampling, shared):
+    "Set the loader up for `ds`."
+    self.seed,self.shuffle,self._shared,self._settled = seed,shuffle,shared,False
+    self._given_collate = collate_fn or getattr(ds, 'collate', None)
+    self._bad:dict[int,BadFile] = {}   # number -> what was found
+    order = order_of(ds, *sampling, batch_size, seed) if ds.stage=='train' else None
+    sampler = EpochSampler(len(ds), shuffle, seed, ds.stage=='train', order)
+    torch_data.DataLoader.__init__(self, ds, batch_size, sampler=sampler, collate_fn=Packed(self._given_collate), drop_last=drop_last, worker_init_fn=in_worker, generator=generator(seed, 'workers'))
+    self.num_workers = self._asked_workers = num_workers
+
+# %% ../../nbs/10_data/19_loaders.ipynb #4332f555
 @patch(as_prop=True)
 def gathers(self:BaseDataLoader)->bool:
     "Whether batches are gathered from memory."
-    return self.dataset.gather is not None and self.dataset.transform is None and self._given_collate is None
+    return self.dataset.gather is not None and self.dataset.transform is None and (self._given_collate is None or self._given_collate==getattr(self.dataset, 'collate', None))
 
 @patch
 def _gathered(self:BaseDataLoader, order):
@@ -95,7 +114,28 @@ def _gathered(self:BaseDataLoader, order):
     if self.drop_last: n -= n%self.batch_size
     for idx in order[:n].split(self.batch_size) if n else (): yield gather(idx)
 
-# %% ../../nbs/10_data/19_loaders.ipynb #59987939
+# %% ../../nbs/10_data/19_loaders.ipynb #49474ff7
+@patch
+def _settle(self:BaseDataLoader):
+    "Decide who loads, and what is kept; once."
+    self._settled,ds,shared = True,self.dataset,self._shared
+    in_memory = ds.gather is not None
+    kept = shared.cache!='off' and ds.plan is not None and not in_memory and ds.cache is None
+    cost = look_ahead(ds) if kept or self.num_workers=='auto' and not in_memory else Cost()
+    n,how = choose_workers(ds, self.num_workers, shared.start, cost, self._given_collate)
+    if kept: ds.cache = make_cache(ds, cost, shared.cache, shared.room, None if how=='threads' else how)
+    self.num_workers,self._by_threads = n,n>0 and how=='threads' and self._given_collate is None
+    if self._by_threads: self._threads = shared.threads_for(n)
+    elif n: self._use_processes('fork' if how=='threads' else how)
+
+@patch
+def _use_processes(self:BaseDataLoader, how):
+    "Tell torch of worker processes."
+    self.prefetch_factor = 2
+    object.__setattr__(self, 'persistent_workers', True)   # torch refuses to change it, as its own loader would not notice
+    if self.multiprocessing_context is None: self.multiprocessing_context = how
+
+# %% ../../nbs/10_data/19_loaders.ipynb #d420065c
 @patch
 def _loaded(self:BaseDataLoader, batches):
     "Pass `batches` on; tell an error of a worker as if it had happened here."
@@ -106,11 +146,39 @@ def _loaded(self:BaseDataLoader, batches):
         if own==text: raise
         raise kind(own) from None
 
+# %% ../../nbs/10_data/19_loaders.ipynb #b444528c
+_log = get_logger('data')
+
+@patch
+def _leave_out(self:BaseDataLoader, i, e):
+    "Note that sample `i` could not be read."
+    if i in self._bad: return
+    self._bad[i] = BadFile(Path(e.path or self.dataset.sample_id(i)), e.reason or str(e))
+    _log.warning("%s It is left out of its batch.", e)
+    if e.path: remember_bad([self._bad[i]])
+
+@patch(as_prop=True)
+def quarantine(self:BaseDataLoader)->list[BadFile]:
+    "Samples that could not be read when they were loaded, and why."
+    return list(self._bad.values())
+
+@patch
+def _readable(self:BaseDataLoader, made):
+    "Pass the batches on that have something in them, noting what is missing."
+    for batch,bad in made:
+        for i,e in bad: self._leave_out(i, e)
+        if batch is not None: yield batch
+
+# %% ../../nbs/10_data/19_loaders.ipynb #e91ec056
 @patch
 def __iter__(self:BaseDataLoader)->Iterator:
     if self.gathers: return self._gathered(self.sampler.take()[0])
-    with _without_ctrl_c() if self.num_workers else nullcontext(): batches = super(BaseDataLoader, self).__iter__()
-    return self._loaded(batches)
+    if not self._settled: self._settle()
+    if self._by_threads or picks_pixels(self.dataset) and not self.num_workers:
+        jobs,make = Jobs(*self.sampler.take(), self.batch_size, self.drop_last),Maker(self.dataset, self.collate_fn)
+        return self._readable(self._threads.ahead(make, jobs) if self._by_threads else map(make, jobs))
+    with without_ctrl_c() if self.num_workers else nullcontext(): batches = super(BaseDataLoader, self).__iter__()
+    return self._readable(self._loaded(batches))
 
 # %% ../../nbs/10_data/19_loaders.ipynb #8bf28d83
 @patch
@@ -133,17 +201,21 @@ def start_at(self:BaseDataLoader,
 def _sibling(self:BaseDataLoader, ds, stage):
     "Make a loader of `ds` for evaluation, otherwise like this one."
     if ds is None: return None
-    return BaseDataLoader(ds.using(stage), self.batch_size, False, 0, self.num_workers, self._given_collate, seed=self.seed)
+    res = BaseDataLoader.__new__(BaseDataLoader)
+    res.division = self.division
+    given = None if self._given_collate==getattr(self.dataset, 'collate', None) else self._given_collate
+    res._begin(ds.using(stage), self.batch_size, False, self._asked_workers, given, self.seed, False, ('shuffle',None), self._shared)
+    return res
 
 @patch
 def split_validation(self:BaseDataLoader)->BaseDataLoader|None: # None when nothing is held out and the data has no such split
     "Give the loader of the validation samples: not shuffled, with the transforms of `valid`."
-    return self._sibling(self._held if self._held is not None else self.dataset.split('valid'), 'valid')
+    return self._sibling(self.division.valid, 'valid')
 
 @patch
 def split_test(self:BaseDataLoader)->BaseDataLoader|None: # None when the data has no such split
     "Give the loader of the test samples: not shuffled, with the transforms of `test`, or else those of `valid`."
-    return self._sibling(self.dataset.split('test'), 'test')
+    return self._sibling(self.division.test, 'test')
 
 # %% ../../nbs/10_data/19_loaders.ipynb #47dbbf93
 @patch(as_prop=True)
@@ -158,8 +230,8 @@ def facts(self:BaseDataLoader)->dict[str,Any]: # As `BaseDataset.facts`
 
 @patch
 def sample_ids(self:BaseDataLoader)->list[str]: # One name a sample, in the order of the epoch to come
-    "Name the samples in the order in which they will come."
-    return [self.dataset.sample_id(i) for i in self.sampler.order().tolist()]
+    "Name the samples in the order in which they will come, without those that could not be read when they were loaded."
+    return [self.dataset.sample_id(i) for i in self.sampler.order().tolist() if i not in self._bad]
 
 # %% ../../nbs/10_data/19_loaders.ipynb #e64177d4
 @patch
