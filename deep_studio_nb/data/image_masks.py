@@ -21,7 +21,7 @@ from .image_files import BadFile, guess_mode, is_hidden, list_images, read_image
 from .image_folder import find_splits
 from .mask_files import find_mask_classes, read_union, mask_values, to_numbers
 from .overlays import add_legend, class_colors, draw_mask, overlay, picture_rows
-from .pairing import Side, find_sides, of_all, pair_files, picture_size, settle, size_problem, told_problems
+from .pairing import Side, alone, find_sides, of_all, pair_files, picture_size, settle, size_problem, told_problems
 from .samples import Unreadable
 from .transforms import IGNORED
 
@@ -59,13 +59,14 @@ class ImageMasks(ImageDataset):
         ignore:Any='auto', # Value of pixels that count for nothing: a number, a colour, None, or "auto" for 255 where it is no class
         pattern:str='{stem}', # What the mask of image `stem` is called, without suffix, as in "{stem}_mask"
         mode:str='auto', # "L" for grey, "RGB" for colour, "auto" to look at the images
-        on_bad:str='skip' # What to do with files that are alone, do not fit or cannot be read: "skip" or "raise"
+        on_bad:str='skip', # What to do with files that are alone, do not fit or cannot be read: "skip" or "raise"
+        journal:str|None=None # Which images were dropped; None for `labels_journal.jsonl` in `data_dir`, "off" for none
     ):
-        super().__init__([], [], None, data_dir, 'RGB', on_bad)
+        self.data_dir,self.on_bad = Path(data_dir),on_bad
         self._sides,self._pattern = (Side('images', images, _IMAGES),Side('masks', masks, _MASKS)),pattern
         self._splits = self._find_splits()
         self._read(split)
-        if mode not in ('auto','L','RGB'): raise DataError(f"`mode` is {mode!r}. It is \"auto\", \"L\" for grey or \"RGB\" for colour.")
+        super().__init__(self.files, self.labels, None, data_dir, 'RGB' if mode=='auto' else mode, on_bad, journal)
         first = self if split=='train' or 'train' not in self._splits else self.split('train')
         self.mode = guess_mode(first.files) if mode=='auto' else mode
         self._values = find_mask_classes([o[0] if isinstance(o, tuple) else o for o in first.labels], classes, ignore)
@@ -88,12 +89,15 @@ def _read(self:ImageMasks, split):
     "List the images and masks of `split`."
     if split not in self._splits: raise DataError(f"`{self.data_dir}` has no {split} split with images and masks: it has {listed(self._splits)}.")
     where,self.stage = self._splits[split],split
-    if len(where)==2: pairs = settle(pair_files(*where, self._pattern), self.on_bad, *self._sides)
+    if len(where)==2:
+        found = pair_files(*where, self._pattern)
+        pairs = settle(found, self.on_bad, *self._sides)
+        self.left_out = {**self.left_out, **alone(found, self.data_dir, *self._sides)}
     else:
-        pairs,alone = _by_object(where[0])
-        text = f"{len(alone)} folders of `{where[0]}` do not hold one image and some masks: {listed(alone, 3)}."
-        if alone and self.on_bad=='raise': raise DataError(f'{text} Complete them, or set `on_bad` to "skip".')
-        if alone: _log.warning("%s They are left out.", text)
+        pairs,odd = _by_object(where[0])
+        text = f"{len(odd)} folders of `{where[0]}` do not hold one image and some masks: {listed(odd, 3)}."
+        if odd and self.on_bad=='raise': raise DataError(f'{text} Complete them, or set `on_bad` to "skip".')
+        if odd: _log.warning("%s They are left out.", text)
     self.files,self.labels = (list(o) for o in zip(*pairs))
 
 # %% ../../nbs/10_data/13c_image_masks.ipynb #e55ceb24

@@ -17,7 +17,7 @@ from .image_dataset import ImageDataset
 from .image_files import BadFile, guess_mode, list_images, read_image
 from .image_folder import find_splits
 from .overlays import picture_rows
-from .pairing import Side, find_sides, pair_files, picture_size, settle, size_problem, told_problems
+from .pairing import Side, alone, find_sides, pair_files, picture_size, settle, size_problem, told_problems
 from .transforms import InputOnly, ToTensor, Transforms
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -49,14 +49,16 @@ class ImagePairs(ImageDataset):
         pattern:str='{stem}', # What the target of input `stem` is called, without suffix, as in "{stem}_clean"
         scale:int=1, # How many times larger the targets are; inputs are enlarged when they are read
         mode:str='auto', # "L" for grey, "RGB" for colour, "auto" to look at the pictures
-        on_bad:str='skip' # What to do with files that are alone, do not fit or cannot be read: "skip" or "raise"
+        on_bad:str='skip', # What to do with files that are alone, do not fit or cannot be read: "skip" or "raise"
+        journal:str|None=None # Which pairs were dropped; None for `labels_journal.jsonl` in `data_dir`, "off" for none
     ):
-        super().__init__([], [], None, data_dir, 'RGB' if mode=='auto' else mode, on_bad)
+        self.data_dir,self.on_bad = Path(data_dir),on_bad
         if isinstance(scale, bool) or not isinstance(scale, int) or scale<1: raise DataError(f"`scale` is {scale!r}. It is a whole number, 1 for pictures of one size.")
         self.scale,self.make_input,self._damage,self._pattern = scale,make_input,_damage(make_input),pattern
         self._sides = Side('inputs', inputs, _INPUTS),Side('targets', targets, _TARGETS)
         self._splits = self._find_splits()
         self._read(split)
+        super().__init__(self.files, self.labels, None, data_dir, 'RGB' if mode=='auto' else mode, on_bad, journal)
         self._choose_modes(mode)
         self.transforms = {k: self._damaging(v) for k,v in self.transforms.items()}
 
@@ -66,6 +68,7 @@ def _find_splits(self:ImagePairs):
     "What `_read` needs for each split: two folders, or the one of the targets."
     if self.make_input is None: return find_sides(self.data_dir, *self._sides)
     root = self.data_dir if self._sides[1].folder=='auto' else self.data_dir/self._sides[1].folder
+    if not root.is_dir(): raise DataError(f"`{root}` is {'a file' if root.exists() else 'not there'} (seen from {Path.cwd()}). Give the folder that holds the pictures as `data_dir`.")
     splits = find_splits(root)
     return {k: (v,) for k,v in (splits if 'train' in splits else {'train': root}).items()}
 
@@ -74,11 +77,13 @@ def _read(self:ImagePairs, split):
     "List the pairs of `split`."
     if split not in self._splits: raise DataError(f"`{self.data_dir}` has no {split} split: it has {listed(self._splits)}.")
     where,self.stage = self._splits[split],split
-    if len(where)==2: self.files,self.labels = (list(o) for o in zip(*settle(pair_files(*where, self._pattern), self.on_bad, *self._sides)))
+    if len(where)==1: pairs = [(o,o) for o in list_images(where[0])[0]]
     else:
-        self.files = list_images(where[0])[0]
-        if not self.files: raise DataError(f"There are no images in `{where[0]}`.")
-        self.labels = self.files
+        found = pair_files(*where, self._pattern)
+        pairs = settle(found, self.on_bad, *self._sides)
+        self.left_out = {**self.left_out, **alone(found, self.data_dir, *self._sides)}
+    if not pairs: raise DataError(f"There are no images in `{where[0]}`.")
+    self.files,self.labels = (list(o) for o in zip(*pairs))
 
 @patch
 def _choose_modes(self:ImagePairs, mode):

@@ -163,6 +163,7 @@ def _numbered(seen, read, names, ignore):
     if ignore=='auto': ignore = None if binary else IGNORED
     values = sorted(o for o in seen if o!=ignore)
     if binary: values = [0,IGNORED if seen[IGNORED] else 1]
+    elif names is None and len(values)>64: raise DataError(f"The masks hold {len(values)} values from {values[0]} to {values[-1]}. Were they scaled smoothly or saved as JPEG? Masks keep their values as PNG. If they are classes, name them with `classes`.")
     elif names is None and values and values[-1]>=max(32, 4*len(values)): raise DataError(f"The masks hold the values {', '.join(map(str, values[:12]))}{', ...' if len(values)>12 else ''}. Say which is what: `classes: {{background: {values[0]}, ...}}`, and `ignore` for one that counts for nothing.")
     elif names is not None and 2*sum(seen[o] for o in values if o>=len(names))>read: raise DataError(f"The masks hold the value {values[-1]}, but `classes` names {len(names)}, for 0 to {len(names)-1}. Name all, or say which value is what: `classes: {{{names[0]}: 0, ...}}`.")
     else: values = list(range(len(names) if names else max(values, default=0)+1))
