@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 from ..common.errors import DataError
-from .columns import Role, as_numbers, as_times, cell_texts, find_gaps, plain_cells
+from .cells import as_numbers, as_times, cell_texts, find_gaps, plain_cells
+from .columns import Role
 from .table_files import TableFile
 
 # %% ../../nbs/10_data/13f_column_values.ipynb #484aa5ac

@@ -7,7 +7,7 @@ __all__ = ['NumberCode', 'DateCode', 'CategoryCode', 'TargetCode', 'fit_target',
 
 # %% ../../nbs/10_data/13g_table_codes.ipynb #88ff3d3e
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any

@@ -9,7 +9,6 @@ __all__ = ['guess_target', 'TablePart', 'TableParts', 'relabelled']
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 import torch
 from fastcore.basics import patch
@@ -17,8 +16,9 @@ from torch import Tensor
 from ..common.errors import DataError, did_you_mean, listed
 from ..common.logs import get_logger
 from .array_files import split_named
+from .cells import as_numbers, cell_texts, find_gaps, plain_cells
 from .column_values import TableValues, Words, read_values
-from .columns import ColumnSummary, Role, as_numbers, cell_texts, column_roles, find_gaps, plain_cells, summarise
+from .columns import ColumnSummary, Role, column_roles, summarise
 from .samples import natural_key
 from .table_codes import TargetCode
 from .table_files import TableFile
@@ -177,8 +177,8 @@ def target_of(self:TableParts,
     bad = part.rows[(labels[part.rows]<0) & (y.codes[part.rows]>=0)]
     if not len(bad): return labels
     word = y.kinds[y.codes[bad[0]]]
-    raise DataError(f"{part.values.where(int(bad[0]))} has the label `{word}`, which the training rows do not have{did_you_mean(word, code.classes) or '.'} "
-                    f"They have {listed(code.classes)}. Mend the label, or add rows of `{word}` to the training data.")
+    raise DataError(f"{part.values.where(int(bad[0]))} has the label `{word}`, which is none of the classes{did_you_mean(word, code.classes) or '.'} "
+                    f"They are {listed(code.classes, 12)}, as in the training rows unless `classes` says otherwise. Mend the label, or add rows of `{word}` to the training data.")
 
 # %% ../../nbs/10_data/14a_table_parts.ipynb #4cfe6afb
 @patch
@@ -200,12 +200,19 @@ def hashes(self:TableParts,
     if (at := self.source(split)) not in self.hashed: self.hashed[at] = [o for chunk in self.open(at).chunks() for o in _row_hashes(chunk)]
     return self.hashed[at]
 
+def _alike(cells):
+    "Cells as texts that are equal where they mean the same: 4, 4.0 and the number 4, but not 04."
+    values = as_numbers(cells)
+    res = cell_texts(cells, find_gaps(cells, values))
+    if isinstance(cells, list):
+        for i in (abs(values)<1e15).nonzero()[0].tolist():
+            if not (o := res[i]) or o[0]=='0' and o[1:2].isdigit(): continue
+            res[i] = f'{values[i]:.0f}' if values[i]==int(values[i]) else repr(float(values[i]))
+    return ['' if o is None else o for o in res]
+
 def _row_hashes(chunk):
-    cols = {}
-    for k in sorted(chunk.cells):
-        cells = plain_cells(chunk[k])
-        cols[k] = [f'{k}={"" if o is None else o}' for o in cell_texts(cells, find_gaps(cells, as_numbers(cells)))]
-    return [hashlib.sha256('\x1f'.join(row).encode()).digest() for row in zip(*cols.values())]
+    cols = [[f'{k}={o}' for o in _alike(plain_cells(chunk[k]))] for k in sorted(chunk.cells)]
+    return [hashlib.sha256('\x1f'.join(row).encode()).digest() for row in zip(*cols)]
 
 # %% ../../nbs/10_data/14a_table_parts.ipynb #2e92b2fc
 @patch

@@ -25,6 +25,8 @@ class Arranged:
     "A table as two matrices."
     numbers:Tensor # (n, k) float32: scaled numbers, dates, and what is missing
     codes:Tensor # (n, c) int32 codes of words
+    starts:Tensor # (c,) int64 place of each column's first word in a one-hot row
+    width:int # Features of a one-hot row
 
     def __len__(self): return len(self.numbers)
 
@@ -83,7 +85,10 @@ def arrange(self:TableCode,
     n = len(values)
     numbers = [o.encode(values[k]) for k,o in self.measures.items()]
     codes = [o.encode(values[k]) for k,o in self.words.items()]
-    return Arranged(torch.cat(numbers, 1) if numbers else torch.zeros(n, 0), torch.stack(codes, 1) if codes else torch.zeros(n, 0, dtype=torch.int32))
+    numbers = torch.cat(numbers, 1) if numbers else torch.zeros(n, 0)
+    ends = torch.tensor([numbers.shape[1], *(o-1 for o in self.category_sizes)]).cumsum(0)
+    starts = ends[:-1].clamp(max=max(int(ends[-1])-1, 0))   # a last column without any word
+    return Arranged(numbers, torch.stack(codes, 1) if codes else torch.zeros(n, 0, dtype=torch.int32), starts, int(ends[-1]))
 
 # %% ../../nbs/10_data/13h_table_rows.ipynb #749465a3
 @patch
@@ -94,12 +99,10 @@ def inputs(self:TableCode,
     "Pick the inputs of a batch."
     numbers,codes = table.numbers.index_select(0, rows),table.codes.index_select(0, rows).long()
     if self.encode=='codes': return numbers,codes
-    widths = torch.tensor([numbers.shape[1], *(o-1 for o in self.category_sizes)])
-    x = torch.zeros(len(rows), int(widths.sum()))
+    if not codes.shape[1]: return (numbers,)
+    x = torch.zeros(len(rows), table.width)
     x[:,:numbers.shape[1]] = numbers
-    filled = widths[1:]>0      # a column may have no word that is known
-    if filled.any(): x.scatter_(1, ((codes-1).clamp(min=0) + widths.cumsum(0)[:-1])[:,filled], codes.gt(0).float()[:,filled])
-    return (x,)
+    return (x.scatter_add_(1, (codes-1).clamp_(min=0).add_(table.starts), codes.gt(0).float()),)   # adds 0 for a word that is not known
 
 # %% ../../nbs/10_data/13h_table_rows.ipynb #db1cd7b2
 @patch
