@@ -76,7 +76,7 @@ def build_vocabulary(
         if n>best[1]: best = word,n
         if n>=min_count: found.append((word,n))
         elif n: rare,often = rare+1,often+n
-    if not found and best[1]: raise DataError(f"No token comes {min_count} times: the commonest of {rare:,}, {best[0]!r}, comes {best[1]} times. Lower `min_count`.")
+    if not found and best[1]: raise DataError(f"No token comes {min_count} times: the commonest of {rare:,}, {best[0]!r}, comes {best[1]} time{'s'*(best[1]>1)}. Lower `min_count`.")
     found.sort(key=lambda o: (-o[1], o[0]))
     words,over = found[:max_words],found[max_words:]
     return Vocabulary([o for o,_ in words], [n for _,n in words], (rare+len(over), often+sum(n for _,n in over)))
