@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastcore.basics import patch
 from ..common.pictures import new_picture
 from .division import Division, class_of_each, values_of
-from .samples import STAGES, BaseDataset
+from .samples import STAGES, BaseDataset, natural_key
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
@@ -66,11 +66,12 @@ def draw(self:Division,
 def draw_divisions(
     rows:dict[str,dict[str,Sequence[int]]], # Name of a division -> its parts, as numbers of samples
     dataset:BaseDataset, # The samples
-    groups:Any=None # What to draw below, in the words of `divide`; None for nothing but the classes
+    groups:Any=None, # What to draw below, in the words of `divide`; None for nothing but the classes
+    order:Sequence[int]|None=None # (n,) numbers of the samples from left to right; None to sort by group and class
 )->Figure: # A row a division, a column a sample
-    "Draw divisions of `dataset` with its classes and groups, which sort the samples."
+    "Draw divisions of `dataset` with its classes and groups."
     names,n = class_of_each(dataset),len(dataset)
     strips = {**({'class': names} if names else {}), **({'group': [str(o) for o in values_of(dataset, groups)]} if groups is not None else {})}
     first = {o: i for i,o in enumerate(dict.fromkeys(dataset.classes or sorted(set(names or ()))))}
-    order = sorted(range(n), key=lambda i: (strips['group'][i] if 'group' in strips else '', first.get(names[i], -1) if names else 0, i))
-    return draw_parts(rows, n, strips, order)
+    rank = lambda i: (natural_key(strips['group'][i] if 'group' in strips else ''), first.get(names[i], -1) if names else 0, i)
+    return draw_parts(rows, n, strips, sorted(range(n), key=rank) if order is None else order)

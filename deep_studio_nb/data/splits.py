@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from datetime import datetime, time, timezone
 from typing import Any
 import torch
-from ..common.errors import DataError
+from ..common.errors import DataError, listed
 from ..common.randomness import generator
 
 # %% ../../nbs/10_data/17_splits.ipynb #8ffc124b
@@ -81,14 +81,14 @@ def _counts(keys):
     np.add.at(res, (a,b), 1)
     return a,res
 
-def _walk(counts, order, want):
-    "Take the groups in `order` that bring the sums closer to `want`; those taken, and how far off they are."
+def _walk(counts, order, want, spare):
+    "Take the groups in `order` that bring the sums closer to `want`, all but `spare` at most; how far off they are, and those taken."
     import numpy as np
     scale = 1/np.maximum(counts.sum(0), 1)
     off = lambda held: (scale*(want-held)**2).sum() + (want.sum()-held.sum())**2/counts.sum()
     held,taken = np.zeros_like(want),[]
     for g in order:
-        if len(taken)<len(counts)-1 and off(held+counts[g])<off(held): held,taken = held+counts[g],[*taken,g]
+        if len(taken)<len(counts)-spare and off(held+counts[g])<off(held): held,taken = held+counts[g],[*taken,g]
     if not taken: taken = [min(order, key=lambda g: off(counts[g]))]
     return off(counts[taken].sum(0)),taken
 
@@ -97,16 +97,17 @@ def hold_out_groups(
     groups:Sequence[Hashable], # (n,) the group of each sample
     n_out:int, # About how many samples to hold out
     targets:Sequence[Any]|None=None, # One target a sample: labels keep their proportions as far as groups allow
-    seed:int=0 # Another seed gives another choice
+    seed:int=0, # Another seed gives another choice
+    spare:int=1 # Groups to leave for training, at least
 )->tuple[list[int],list[int]]: # Numbers of the samples for training and of those held out, both ascending
     "Choose whole groups with about `n_out` samples, each class about in proportion."
     n = len(groups)
     if not n_out: return _two(n, [])
     mine,counts = _counts((groups, strata(targets) or [0]*n))
-    if len(counts)<2: raise DataError(f"All {n} samples belong to one group, `{groups[0]}`: none of them can be held out without dividing it.")
+    if len(counts)<=spare: raise DataError(f"All {n} samples belong to {'one group' if len(counts)==1 else f'{len(counts)} groups'}, {listed(dict.fromkeys(map(str, groups)), 3)}: none of them can be held out without dividing it.")
     tries = max(2, min(20, 100_000//len(counts)))
     orders = [torch.randperm(len(counts), generator=generator(seed, 'groups', t)).tolist() for t in range(tries)]
-    _,taken = min((_walk(counts, o, counts.sum(0)*n_out/n) for o in orders), key=lambda o: o[0])
+    _,taken = min((_walk(counts, o, counts.sum(0)*n_out/n, spare) for o in orders), key=lambda o: o[0])
     taken = set(taken)
     return _two(n, [i for i,g in enumerate(mine) if g in taken])
 
