@@ -19,7 +19,7 @@ from .division import Division, class_of_each, divide, values_of, way_of
 from .division_pictures import draw_divisions
 from .plain_datasets import as_dataset
 from .samples import BaseDataset
-from .split_files import load_split, save_split
+from .split_files import save_split
 from .splits import hold_out_groups, moments, strata
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
