@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import Mask
 
 from deep_studio_nb.common.errors import DataError
 from deep_studio_nb.common.randomness import derive, seeded
@@ -15,6 +16,7 @@ from deep_studio_nb.data.augment import batch_step, plan_of
 from deep_studio_nb.data.batch_steps import sizes_of
 from deep_studio_nb.data.batch_warps import BatchJitter
 from deep_studio_nb.data.draws import sample_draws, uniforms
+from deep_studio_nb.data.tensors import Tensors
 from deep_studio_nb.data.transforms import ToTensor, Transforms, build_transforms
 
 
@@ -319,3 +321,46 @@ def test_a_crop_that_is_too_large_is_explained():
     plan = plan_of(Transforms([v2.RandomCrop(50), ToTensor()]))
     with pytest.raises(DataError, match='`RandomCrop` cuts 50 by 50 pixels, but a picture has only 21 by 39'):
         plan.batch([pictures(60, 60, 1)[0], pictures(21, 39, 1)[0]], sample_draws(0, torch.arange(2)))
+
+
+# --- input and target together ---
+
+JOINT = {
+    'resized, flipped': [v2.Resize(20), v2.RandomHorizontalFlip(), v2.RandomResizedCrop(16)],
+    'to one size': [v2.Resize((16, 18)), v2.ColorJitter(0.5)],
+    'nothing first': [v2.RandomRotation(30)],
+    'tensors first': [v2.ToImage(), v2.Resize((16, 18)), v2.RandomCrop(12), v2.ToDtype(torch.float32, scale=True)],
+}
+
+
+@pytest.mark.parametrize('target', ['mask', 'picture', 'grey picture'])
+@pytest.mark.parametrize('name', JOINT)
+def test_what_is_kept_of_a_pair_changes_nothing(name, target):
+    steps = build_transforms({'train': [*JOINT[name], v2.Normalize([0.5]*3, [0.2]*3)]})['train']
+    plan = steps.plan(joint=True)
+    x = Image.fromarray(mixed(3)[2].permute(1, 2, 0).numpy())
+    y = Mask(torch.randint(0, 4, (x.height, x.width), dtype=torch.uint8)) if target=='mask' else x.convert('L' if target=='grey picture' else 'RGB')
+    with seeded(4): want = steps(x, y)
+    kept = plan.prepare(x, y)
+    assert all(type(o) is torch.Tensor and o.dtype==torch.uint8 for o in kept)
+    with seeded(4): got = plan.finish(*kept)
+    for a, b in zip(got, want, strict=True): assert torch.equal(a, b) and a.dtype==b.dtype
+
+
+def test_an_own_function_sees_what_it_always_saw():
+    seen = []
+    def note(x):
+        seen.append((type(x).__name__, getattr(x, 'dtype', None)))
+        return x
+    steps = build_transforms({'train': [note]})
+    Tensors(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).with_transforms(steps)[0]
+    Tensors(torch.zeros(2, 3, 8, 8)).with_transforms(steps)[0]
+    assert seen==[('Tensor', torch.float32)]*2
+
+
+@pytest.mark.parametrize('raw', [np.arange(6*7*3, dtype=np.uint8).reshape(6, 7, 3), np.arange(6*7, dtype=np.uint8).reshape(6, 7), np.random.default_rng(0).random((6, 7, 3)).astype(np.float32),
+                                 np.arange(42, dtype=np.uint16).reshape(6, 7)*999, Image.new('P', (7, 6), 3), Image.new('RGBA', (7, 6), (1, 2, 3, 4))], ids=lambda o: f'{type(o).__name__} {getattr(o, "dtype", None) or o.mode}')
+def test_inputs_that_are_no_plain_pictures(raw):
+    steps = build_transforms({'train': [v2.CenterCrop(4) if isinstance(raw, Image.Image) else (v2.Identity())]})['train']
+    plan = steps.plan()
+    assert torch.equal(plan.batch([plan.prepare(raw)])[0], steps(raw))

@@ -15,6 +15,7 @@ from torch import Tensor
 from .batch_steps import BatchCrop, BatchErase, BatchFlip, BatchFloats, BatchKernel, BatchResizedCrop, BatchStep, Pixels, sizes_of, stacked
 from .batch_warps import BatchAffine, BatchBlur, BatchChosen, BatchJitter, BatchRotation
 from .draws import uniforms
+from .image_files import convert_image
 from .transforms import ToTensor, Transforms
 
 # %% ../../nbs/10_data/12e_augment.ipynb #07badf37
@@ -114,24 +115,36 @@ class BatchAugment:
 
     def __repr__(self): return f'BatchAugment({", ".join(repr(o.step) for o in self.steps)})'
 
-# %% ../../nbs/10_data/12e_augment.ipynb #7df35da7
+# %% ../../nbs/10_data/12e_augment.ipynb #dbe6e8e3
 _BYTES = {'Resize','CenterCrop','Pad','Grayscale','ToImage','PILToTensor','Identity'}   # not random, and leave bytes bytes
 def _can_prepare(step): return _of_torchvision(step) and type(step).__name__ in _BYTES
 
-def _pixels(x):
-    "Give the bytes of a picture as (c, h, w); those of an array lie as they lay."
-    if isinstance(x, Tensor): return x.as_subclass(Tensor)
-    import numpy as np
-    t = torch.from_numpy(np.array(x))
+def _bytes(a):
+    t = torch.from_numpy(a)
     return t[None] if t.dim()==2 else t.permute(2,0,1)
 
-def _picture(x):
-    "Make a PIL picture of bytes (c, h, w)."
+def _pixels(x, always):
+    "Give the bytes of a picture as (c, h, w), those of a mask as (h, w); what is neither stays, or becomes floats where it `always` has to be a tensor."
+    import numpy as np
+    if isinstance(x, Tensor): return x.as_subclass(Tensor)
+    if hasattr(x, 'getbands') and (always or x.mode in ('L','RGB','RGBA')):
+        if x.mode not in ('L','RGB','RGBA'): x = convert_image(x, 'L' if len(x.getbands())==1 and x.mode!='P' else 'RGB')
+        return _bytes(np.array(x))
+    if not always: return x
+    return _bytes(x) if isinstance(x, np.ndarray) and x.dtype==np.uint8 else ToTensor()(x)
+
+def _seen(x):
+    "Make a picture of bytes (c, h, w), and a mask of bytes (h, w): what transforms expect to see."
+    if not isinstance(x, Tensor) or x.dtype!=torch.uint8: return x
+    if x.dim()==2:
+        from torchvision.tv_tensors import Mask
+        return Mask(x)
+    if x.dim()!=3 or x.shape[0] not in (1,3,4): return x
     from PIL import Image
     x = x.permute(1,2,0).contiguous().numpy()
     return Image.fromarray(x[...,0] if x.shape[2]==1 else x)
 
-# %% ../../nbs/10_data/12e_augment.ipynb #6d70253f
+# %% ../../nbs/10_data/12e_augment.ipynb #d4d927ea
 class Plan:
     "Say how the transforms of a stage are carried out."
     def __init__(self,
@@ -143,26 +156,25 @@ class Plan:
     ):
         self.before,self.rest,self.batch,self.joint,self.at_least = list(before),list(rest),batch,joint,at_least
         self.random = batch is None or batch.random
-        self.pixels = not before or self.random
-        self.cacheable = not joint
-        self.key = repr((self.before,self.pixels,self.at_least))
+        self.pixels = batch is not None and (not before or self.random)   # whether the bytes of a picture will do instead of it
+        self.cacheable = True
+        self.key = repr((self.before,self.pixels,self.at_least,joint))
+        self._as_seen = not any(type(o).__name__ in ('ToImage','PILToTensor') for o in before)
 
     def prepare(self,
         x:Any, # Picture, or bytes (c, h, w)
         *more:Any # What is transformed with it
-    )->Any: # Bytes (c, h, w)
+    )->Any: # Bytes (c, h, w), and those of `more`
         "Do what is done once."
-        if self.joint: return (x, *more)
-        for step in self.before: x = step(x)
-        return _pixels(x)
+        res = Transforms(self.before)(x, *more)
+        return tuple(_pixels(o, False) for o in res) if more else _pixels(res, self.batch is not None)
 
     def finish(self,
         x:Any, # What `prepare` gave
         *more:Any # As `prepare` gave it
     )->Any: # What the transforms make of it
         "Do the rest for one sample."
-        if self.joint: return Transforms(self.rest)(x, *more)
-        return Transforms(self.rest)(_picture(x) if x.dtype==torch.uint8 and x.shape[0] in (1,3) else x)
+        return Transforms(self.rest)(*(map(_seen, (x, *more)) if self._as_seen else (x, *more)))
 
 # %% ../../nbs/10_data/12e_augment.ipynb #642cc88c
 def _needed(before, rest):
@@ -185,9 +197,9 @@ def plan_of(
 )->Plan: # How it is carried out
     "Divide `transforms` into what is done once, by batch and by sample."
     steps = list(_flat([] if transforms is None else getattr(transforms, 'steps', [transforms])))
-    if joint: return Plan(rest=steps, joint=True)
     n = next((i for i,o in enumerate(steps) if not _can_prepare(o)), len(steps))
     before,rest = steps[:n],steps[n:]
+    if joint: return Plan(before, rest, joint=True)
     found = [batch_step(o) for o in rest]
     batch = None if None in found else BatchAugment(found)
     random = batch is None or batch.random
