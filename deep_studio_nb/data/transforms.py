@@ -103,7 +103,11 @@ def _together(step, x, more):
     func = getattr(step, 'func', step)   # a function with arguments bound to it
     if getattr(func, 'joint', False): return step(x, *more)
     if not _is_v2(step): return (_alone(step, x), *more)
-    return (step(_typed(x)), *more) if type(step).__name__ in _NEED_TENSOR else step(*map(_typed, (x, *more)))
+    if type(step).__name__ in _NEED_TENSOR: return (step(_typed(x)), *more)
+    try: return step(*map(_typed, (x, *more)))
+    except TypeError as e:
+        if 'not supported by' not in str(e): raise
+        raise DataError(f"`{type(step).__name__}` changes pictures alone, it cannot move a mask with them. Name the single steps that you want, such as RandomRotation and ColorJitter.") from e
 
 # %% ../../nbs/10_data/12_transforms.ipynb #c418bbd8
 def _interpolation(word):
