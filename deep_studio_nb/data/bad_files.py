@@ -41,7 +41,7 @@ def _ask(do, otherwise=None):
     file = cache_folder()/'files-1.sqlite'
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(file, timeout=2, isolation_level=None)) as db:
+        with closing(sqlite3.connect(file, timeout=1, isolation_level=None)) as db:
             db.execute('PRAGMA synchronous=OFF')   # it need not survive a power cut
             db.execute(_TABLE)
             return do(db)
@@ -74,13 +74,14 @@ def _look_up(kind, keys):
     return found
 
 def _keep(kind, rows):
-    "Keep `rows` of (key, (size, time), value)."
+    "Keep `rows` of (key, (size, time), value); whether that was possible."
     rows = [(kind,key,*mark,_today(),json.dumps(value)) for key,mark,value in rows]
     def keep(db):
         db.execute('BEGIN IMMEDIATE')
         db.executemany('INSERT OR REPLACE INTO facts VALUES (?,?,?,?,?,?)', rows)
         db.execute('COMMIT')
-    _ask(keep)
+        return True
+    return bool(_ask(keep))
 
 def _forget_old(days=180):
     "Drop what was found more than `days` ago, so that the store does not grow for ever."
@@ -102,7 +103,7 @@ def _compute(kind, jobs, compute, n_threads, keep, report):
             res.append(value)
             if mark and mark[1] and (keep is None or keep(value)): new.append((_key(path),mark[0],value))
             if time.monotonic()-since<0.5: continue
-            _keep(kind, new)
+            if new and not _keep(kind, new): keep = lambda value: False   # locked for good, it would make every block wait
             new,since = [],time.monotonic()
             report(len(res))
     finally:

@@ -137,8 +137,9 @@ def journal_of(
 
 def _label(dataset, i):
     "The label of sample `i` as a journal writes it; None when it is not known without loading."
-    ys = dataset.targets()
-    if ys is None or not getattr(_origin(dataset), 'relabels', True): return None
+    ys = dataset.targets() if getattr(_origin(dataset), 'relabels', True) else None
+    if ys is None: return None
+    if callable(words := getattr(dataset, 'labels', None)): return words()[i]   # tables scale what they predict
     y = ys[i].tolist() if hasattr(ys[i], 'tolist') else ys[i]
     if dataset.classes is None: return y if isinstance(y, (int,float)) else None
     return [o for o,on in zip(dataset.classes, y) if on] if isinstance(y, (list,tuple)) else dataset.classes[y] if isinstance(y, int) else None

@@ -181,6 +181,6 @@ def divide_or_load(
         if fold is not None: raise DataError(f"`fold` is {fold!r}, but no `split` is given: it names a file with folds, which `deep-studio data split --folds` makes.")
         return divide(dataset, validation_split, test_split, by, groups, times, seed)
     given = dict(validation_split=validation_split, test_split=test_split, groups=groups, times=times)
-    extra = [k for k,o in given.items() if o is not None and (not isinstance(o, (int,float)) or o)] + ['split_by']*(by!='stratified')
+    extra = [k for k,o in given.items() if o is not None and (not isinstance(o, (int,float)) or o)] + ['by']*(by!='stratified')
     if extra: raise DataError(f"`split` is `{split}`, which says which sample is in which part, and {listed(extra)} {'is' if len(extra)==1 else 'are'} given too. Leave one of them out.")
     return load_split(split).apply(dataset, fold)
