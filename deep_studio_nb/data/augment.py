@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .batch_steps import BatchCrop, BatchErase, BatchFlip, BatchFloats, BatchKernel, BatchResizedCrop, BatchStep, Pixels, sizes_of, stacked
+from .batch_steps import BatchCrop, BatchFlip, BatchFloats, BatchKernel, BatchStep, Pixels, sizes_of, stacked
 from .batch_warps import BatchAffine, BatchBlur, BatchChosen, BatchJitter, BatchRotation
+from .batch_windows import BatchErase, BatchResizedCrop
 from .draws import uniforms
 from .image_files import convert_image
 from .transforms import ToTensor, Transforms
