@@ -68,7 +68,8 @@ class TokenStore:
             self.texts.add(text)
             flat.extend(map(numbers.__getitem__, found))
             ends.append(len(flat))
-        self.flat,self.ends = torch.from_numpy(np.array(flat, np.int32)),torch.from_numpy(np.array(ends, np.int64))
+        self.flat = torch.frombuffer(flat, dtype=torch.int32) if len(flat) else torch.zeros(0, dtype=torch.int32)   # no copy
+        self.ends = torch.frombuffer(ends, dtype=torch.int64)
         self.lexicon = PackedTexts(numbers)   # distinct tokens
 
     def __len__(self): return len(self.texts)

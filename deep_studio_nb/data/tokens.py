@@ -55,7 +55,8 @@ _EMOJI = f'[\U0001f1e6-\U0001f1ff]{{2}}|[0-9#*]\u20e3|{_PICTURE}{_TONE}(?:\u200d
 _HANJA = '々\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff'
 _KANA = '\u3041-\u3096\u30a1-\u30ff'
 _MARKS = '\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0981-\u0983\u09bc-\u09cd\u0e31\u0e34-\u0e3a\u0e47-\u0e4e'   # signs on letters; to `re` they are no letters
-_LETTERS = rf'(?:[^\W\d_가-힣ㄱ-ㆎ{_HANJA}{_KANA}]|[{_MARKS}])+'
+_LETTER = rf'[^\W\d_가-힣ㄱ-ㆎ{_HANJA}{_KANA}]'
+_LETTERS = rf'(?:{_LETTER}|[{_MARKS}])+'
 _FACES = r"\^[_.]*\^|[tT]_+[tT]|-_+-|[:;=][-^']?[()dDpP](?!\w)"
 _SAME = '|'.join(rf'{re.escape(o)}+' for o in '.!?~^;,-=*_#@$&\'"…·')
 _WORD = re.compile(rf"[가-힣]+|{_FACES}|{_LETTERS}(?:['’]{_LETTERS})*|{_EMOJI}|\d+(?:[.,:]\d+)*|[ㄱ-ㅎ]+|[ㅏ-ㅣ]+|[{_HANJA}]+|[{_KANA}]+|{_SAME}|\S")
@@ -78,18 +79,20 @@ def join_words(
 # %% ../../nbs/10_data/14c_tokens.ipynb #a1a96c5d
 _CHAR = re.compile(f'{_EMOJI}|.[{_MARKS}]*', re.DOTALL)
 _SYLLABLE = re.compile(f'[가-힣]|{_LETTERS}|{_EMOJI}|.', re.DOTALL)
+_PARTS = re.compile(f'[\u200d\u20e3\U0001f3fb-\U0001f3ff\U0001f1e6-\U0001f1ff{_MARKS}]')   # without these every character stands alone
+_PAIRS = re.compile(f'{_PARTS.pattern}|{_LETTER}{_LETTER}')
 
 def split_chars(
     text:str # Normalised
 )->list[str]: # Spaces too; emoji of several parts are one
     "Cut `text` into characters."
-    return list(text) if text.isascii() else _CHAR.findall(text)
+    return _CHAR.findall(text) if _PARTS.search(text) else list(text)
 
 def split_syllables(
     text:str # Normalised
 )->list[str]: # Spaces too
     "Cut Korean into syllables, and other scripts that have letters into words."
-    return _SYLLABLE.findall(text)
+    return _SYLLABLE.findall(text) if _PAIRS.search(text) else list(text)
 
 # %% ../../nbs/10_data/14c_tokens.ipynb #e3608e29
 _TAKE_APART = {o: unicodedata.normalize('NFD', chr(o)) for o in range(ord('가'), ord('힣')+1)}
