@@ -37,7 +37,8 @@ _TABLE = 'CREATE TABLE IF NOT EXISTS facts (kind TEXT, path BLOB, size INT, time
 
 def _ask(do, otherwise=None):
     "Call `do` with the open store; give `otherwise` when the store fails, which may never stop anybody."
-    import sqlite3
+    try: import sqlite3
+    except ImportError: return otherwise   # some builds of Python lack it
     file = cache_folder()/'files-1.sqlite'
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
