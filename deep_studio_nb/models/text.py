@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..common.errors import ConfigError, DataError
 from ..common.registry import MODELS
 from .interface import check_sizes
+from .mlp import InUnits
 
 # %% ../../nbs/20_models/27_text.ipynb #2cdbac09
 def _check_ids(ids:Tensor, vocab_size:int, owner:str)->None:
@@ -21,6 +22,12 @@ def _check_ids(ids:Tensor, vocab_size:int, owner:str)->None:
         raise DataError(f"`{owner}` takes numbers of tokens, whole numbers of shape (b, t), but got {ids.dtype} of shape {tuple(ids.shape)}. Is the dataset one of texts?")
     if ids.device.type=='cpu' and ids.numel() and not 0<=ids.min()<=ids.max()<vocab_size:
         raise DataError(f"A batch has token numbers from {int(ids.min())} to {int(ids.max())}, this `{owner}` knows 0 to {vocab_size-1}. Was it trained with another vocabulary?")
+
+# %% ../../nbs/20_models/27_text.ipynb #cb18b274
+def _head(width, num_classes, dropout, target_mean, target_std):
+    "Dropout and a linear layer; in units where the targets are numbers."
+    units = [] if target_mean is None else [InUnits(target_mean, target_std)]
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(width, num_classes), *units)
 
 # %% ../../nbs/20_models/27_text.ipynb #ac8ff3f4
 def neighbours(
@@ -41,19 +48,21 @@ class BagOfWords(nn.Module):
     "Average the vectors of a text's tokens, and of groups of neighbours, and score the average."
     def __init__(self,
         vocab_size:int, # Numbers of tokens there are, padding included
-        num_classes:int, # Outputs a text
+        num_classes:int, # Outputs a text: classes, labels, or numbers to predict
         pad_id:int=0, # Number of the padding
         dim:int=64, # Numbers in a token's vector
         ngrams:int=2, # Largest group of neighbours with a vector of its own; 1 for tokens alone
         buckets:int=50_000, # Vectors that groups share
-        dropout:float=0.3 # Share of the averages set to zero in training, 0 to 1
+        dropout:float=0.3, # Share of the averages set to zero in training, 0 to 1
+        target_mean:Sequence[float]|None=None, # Means of the numbers to predict, as for `InUnits`; None for classes
+        target_std:Sequence[float]|None=None # Spreads of the numbers to predict
     ):
         super().__init__()
         check_sizes('BagOfWords', vocab_size=vocab_size, num_classes=num_classes, dim=dim, ngrams=ngrams, buckets=buckets)
         self.vocab_size,self.pad_id,self.ngrams,self.buckets = vocab_size,pad_id,ngrams,buckets
         self.tokens = nn.EmbeddingBag(vocab_size, dim, mode='mean', padding_idx=pad_id)
         self.groups = nn.ModuleList(nn.EmbeddingBag(buckets+1, dim, mode='mean', padding_idx=0) for _ in range(ngrams-1))
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(dim*ngrams, num_classes))
+        self.head = _head(dim*ngrams, num_classes, dropout, target_mean, target_std)
 
     def forward(self,
         ids:Tensor # (b, t) numbers of tokens
@@ -70,12 +79,14 @@ class TextCNN(nn.Module):
     "Filters of several widths over a text's tokens, the strongest answer of each, and a linear layer."
     def __init__(self,
         vocab_size:int, # Numbers of tokens there are, padding included
-        num_classes:int, # Outputs a text
+        num_classes:int, # Outputs a text: classes, labels, or numbers to predict
         pad_id:int=0, # Number of the padding
         dim:int=128, # Numbers in a token's vector
         widths:Sequence[int]=(2,3,4,5), # Tokens that a filter looks at
         channels:int=100, # Filters of each width
-        dropout:float=0.5 # Share of the answers set to zero in training, 0 to 1
+        dropout:float=0.5, # Share of the answers set to zero in training, 0 to 1
+        target_mean:Sequence[float]|None=None, # Means of the numbers to predict, as for `InUnits`; None for classes
+        target_std:Sequence[float]|None=None # Spreads of the numbers to predict
     ):
         super().__init__()
         if not widths: raise ConfigError("`widths` of `TextCNN` is empty: it needs at least one, such as [3].")
@@ -83,7 +94,7 @@ class TextCNN(nn.Module):
         self.vocab_size,self.pad_id = vocab_size,pad_id
         self.tokens = nn.Embedding(vocab_size, dim, padding_idx=pad_id)
         self.filters = nn.ModuleList(nn.Conv1d(dim, channels, o) for o in widths)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels*len(widths), num_classes))
+        self.head = _head(channels*len(widths), num_classes, dropout, target_mean, target_std)
 
     def forward(self,
         ids:Tensor # (b, t) numbers of tokens
