@@ -20,9 +20,10 @@ from ..common.pictures import save_picture
 from ..common.registry import TRACKERS
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.results import show_confusion, show_results
-from .build import Splits, build_data, build_model, build_trainer, learn_names
+from .build import build_data, build_model, build_trainer, learn_names
 from .provenance import git_state, part_records, versions
-from .recorder import Recorder, remembered, repeat
+from .recorder import Recorder, records_kept, repeat
+from .run_data import Splits
 from .run_folder import RunFolder, find_run, now, this_process
 from .summary import near_path, run_summary
 from .trackers import Trackers
@@ -97,6 +98,7 @@ def _begin(self:Experiment):
     if self.folder is None:
         self.folder = RunFolder.create(self.cfg['trainer']['save_dir'], self.cfg['name'], **self._manifest())
         self.cfg.save(self.folder.file('config.yaml'))
+        self.data.save_split(self.folder)
     if self.recorder is None: self._connect()
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #d37d0b6f
@@ -122,7 +124,7 @@ def fit(self:Experiment) -> History: # One row an epoch
     if self.folder and not self.trainer.left: raise RunError(_enough(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
     level = self.cfg['trainer'].get('verbosity', 1)
     with using_threads(self.cfg.get('trainer.threads')):
-        with logging_to(None, level), remembered() as said: self._begin()
+        with logging_to(None, level), records_kept() as said: self._begin()
         with self.folder.claimed(), logging_to(self.folder.file('logs','training.log'), level):
             self._check_untouched()
             repeat(said)
@@ -151,6 +153,7 @@ def _guarded(self:Experiment):
 @patch
 def _end(self:Experiment, status, **more):
     "Write down how the run ended and which files it left, and let the trackers finish."
+    self.data.save_quarantine(self.folder)
     self.folder.record_files('checkpoints/*.pt', 'images/*.png', 'logs/*')
     self.folder.update(status=status, ended=now(), **more)
     self.recorder.trackers.finish(status)
@@ -172,8 +175,8 @@ def _train(self:Experiment) -> str: # finished or stopped
 # %% ../../nbs/50_experiments/54_experiment.ipynb #ed3ae5c2
 @patch(as_prop=True)
 def shows_pictures(self:Experiment) -> bool:
-    "Say whether the inputs are images."
-    return self.data.facts.get('input')=='image'
+    "Say whether the inputs are something that a person recognises."
+    return self.data.facts.get('input') in ('image','table','text')
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #76d93654
 @patch
@@ -190,7 +193,8 @@ def evaluate(self:Experiment,
 ) -> Evaluation: # Metrics, and one row a sample
     "Score the model as it is on a split."
     loss,metrics = getattr(self.trainer, 'loss_fn', None),getattr(self.trainer, 'metrics', ())
-    return evaluate(self.model, self.data.in_order(split), loss, metrics, self.device, ids=self.data.ids(split), classes=self.data.classes, split=split)
+    return evaluate(self.model, self.data.in_order(split), loss, metrics, self.device, ids=lambda: self.data.ids(split),
+                    classes=self.data.classes, split=split, task=self.data.facts.get('task'))
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #10d8a444
 @patch
@@ -211,7 +215,7 @@ def _score(self:Experiment):
 def _draw(self:Experiment, ev):
     "Save the confusion of classes, and samples beside what the model said."
     if ev.is_classes and len(ev.classes)<=60: save_picture(show_confusion(ev), self.folder.file('figures','confusion.png'))
-    if self.shows_pictures: save_picture(show_results(ev, self.data[ev.split].dataset), self.folder.file('figures','results.png'))
+    if self.shows_pictures: save_picture(show_results(ev, self.data.named(ev.split, ev.ids)), self.folder.file('figures','results.png'))
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #61fa7575
 @patch(cls_method=True)
