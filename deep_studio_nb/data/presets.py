@@ -44,7 +44,7 @@ _NORMAL = dict(imagenet=([0.485,0.456,0.406],[0.229,0.224,0.225]), centred=([0.5
 
 def _preset(word):
     "The lists that preset `word` makes."
-    if word not in PRESETS: raise ConfigError(f"`preset` is {word!r}{did_you_mean(str(word), PRESETS) or '.'} It is one of {listed(PRESETS)}.")
+    if not isinstance(word, str) or word not in PRESETS: raise ConfigError(f"`preset` is {word!r}{did_you_mean(str(word), PRESETS) or '.'} It is one of {listed(PRESETS)}.")
     return PRESETS[word]
 
 def _height_width(size):
@@ -56,7 +56,7 @@ def _height_width(size):
 def _normalize(how, mode):
     "The step that `how` stands for, in as many channels as `mode` has."
     if isinstance(how, Mapping) and set(how)=={'mean','std'}: return _step('Normalize', **how)
-    if how not in _NORMAL: raise ConfigError(f"`normalize` is {how!r}{did_you_mean(str(how), _NORMAL) or '.'} It is {listed(_NORMAL)}, or a mapping with `mean` and `std`.")
+    if not isinstance(how, str) or how not in _NORMAL: raise ConfigError(f"`normalize` is {how!r}{did_you_mean(str(how), _NORMAL) or '.'} It is {listed(_NORMAL)}, or a mapping with `mean` and `std`.")
     mean,std = _NORMAL[how]
     return _step('Normalize', mean=mean, std=std) if mode!='L' else _step('Normalize', mean=[round(sum(mean)/3, 3)], std=[round(sum(std)/3, 3)])
 

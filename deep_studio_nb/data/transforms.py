@@ -162,7 +162,9 @@ class InputOnly:
     joint = True
     def __init__(self,
         transforms:Any # One transform or a list of them, each a name, a mapping with type and args, or a function
-    ): self.steps = [build_transform(o) for o in (transforms if isinstance(transforms, (list,tuple)) else [transforms])]
+    ):
+        built = [build_transform(o) for o in (transforms if isinstance(transforms, (list,tuple)) else [transforms])]
+        self.steps = [step for o in built for step in (o.steps if type(o) is Transforms else [o])]
     def __call__(self,
         x:Any, # The input
         *more:Any # The target
