@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from ..common.errors import DataError
-from .cells import as_numbers, as_times, cell_texts, find_gaps, plain_cells
+from .cells import as_times, cell_texts, plain_cells, read_cells
 from .columns import Role
 from .table_files import TableFile
 
@@ -56,8 +56,7 @@ def _broken_promise(table, name, what, cells, lines, bad):
 def _numbers(table, name, role, cells, lines, missing):
     "One chunk of numbers or times."
     import numpy as np
-    v = as_numbers(cells)
-    gaps = find_gaps(cells, v, missing)
+    v,gaps = read_cells(cells, missing)
     if role.kind=='date': v = _times(cells, v, role.format)
     v[gaps] = np.nan
     bad = np.flatnonzero(np.isnan(v) & ~gaps)
@@ -72,10 +71,12 @@ def _times(cells, v, format):
 def _codes(cells, missing, known):
     "One chunk of words; `known` grows."
     import numpy as np
-    texts = cell_texts(cells, find_gaps(cells, as_numbers(cells), missing))
-    for o in texts:
-        if o is not None and o not in known: known[o] = len(known)
-    return np.fromiter((-1 if o is None else known[o] for o in texts), dtype='int32', count=len(texts))
+    kinds = list(dict.fromkeys(cells)) if isinstance(cells, list) else cells
+    texts = cell_texts(kinds, read_cells(kinds, missing)[1])
+    codes = [-1 if o is None else known.setdefault(o, len(known)) for o in texts]
+    if not isinstance(cells, list): return np.array(codes, dtype='int32')
+    at = dict(zip(kinds, codes))
+    return np.fromiter(map(at.__getitem__, cells), dtype='int32', count=len(cells))
 
 # %% ../../nbs/10_data/13f_column_values.ipynb #1ef05841
 def read_values(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 from ..common.errors import DataError, listed
 from ..common.tables import Table
-from .cells import DATE_FORMATS, as_numbers, as_times, cell_texts, date_formats, find_gaps, plain_cells
+from .cells import DATE_FORMATS, as_times, cell_texts, date_formats, plain_cells, read_cells
 from .table_files import TableFile
 
 # %% ../../nbs/10_data/13e_columns.ipynb #84a135f1
@@ -63,8 +63,7 @@ def see(self:ColumnSummary,
     "Add a chunk of the column to the summary."
     import numpy as np
     cells = plain_cells(cells)
-    v = as_numbers(cells)
-    gaps = find_gaps(cells, v, missing)
+    v,gaps = read_cells(cells, missing)
     self.rows += len(cells)
     self.missing += int(gaps.sum())
     self._see_numbers(v[~np.isnan(v) & ~gaps])
@@ -86,9 +85,9 @@ def _see_others(self:ColumnSummary, cells, lines, at):
     at = at.tolist()
     if not isinstance(cells, list): texts,self.formats = cells[at],['']   # times
     else:
-        texts = [cells[i] for i in at]
+        texts = list(dict.fromkeys([cells[i] for i in at]))
         if self.formats!=[]: self.formats = date_formats(texts, DATE_FORMATS if self.formats is None else self.formats)
-        if len(self.others)<5: self.others = list(dict.fromkeys([*self.others, *texts]))[:5]
+        if len(self.others)<5: self.others = list(dict.fromkeys([*self.others, *texts[:5]]))[:5]
     if self.other is None: self.other = lines[at[0]],str(texts[0])
     if self.formats:
         times = as_times(texts, self.formats[0])

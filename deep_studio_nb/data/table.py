@@ -19,7 +19,7 @@ from ..common.registry import DATASETS
 from .column_values import Words
 from .columns import Role
 from .row_samples import RowSamples
-from .table_codes import TargetCode, check_scale, code_data, code_of, fit_target
+from .table_codes import TargetCode, code_data, code_of
 from .table_parts import TableParts
 from .table_rows import TableCode, check_encoding, fit_table, table_code
 
@@ -49,7 +49,6 @@ class TableData(RowSamples):
         missing:Sequence[str]=(), # Texts that stand for "no value", besides the usual ones
         task:str='auto', # "classes", "number" or "auto"
         classes:Sequence[str]|None=None, # Class names in label order; None for those of the training rows
-        target_scale:str='standard', # Of numbers: "standard", "log" (for prices, counts, times) or "none"
         unit:str='', # Of a target that is a number, for people
         encode:str='onehot', # "onehot": one row of numbers; "codes": numbers and codes of words apart
         max_categories:int=100, # Words of a column that are told apart, at most; the rarest share a code
@@ -66,7 +65,7 @@ class TableData(RowSamples):
         parts = TableParts(dict(train=file, valid=valid_file, test=test_file), dict(header=header, names=names, sep=sep, encoding=encoding, quoting=quoting), missing, split_column, id_column)
         self._state,self._seen,self._given = {},{},fitted is not None
         lists = dict(numbers=numbers, categories=categories, dates=dates, drop=drop)
-        code = _decide(parts, target, task, classes, check_scale(target_scale), unit, lists) if fitted is None else self._restore(parts, fitted)
+        code = _decide(parts, target, task, classes, unit, lists) if fitted is None else self._restore(parts, fitted)
         super().__init__(parts, code, journal)
         if fitted is None: _log.info("%s", _told(self))
         if split!='train':
@@ -74,13 +73,13 @@ class TableData(RowSamples):
             self.__dict__.update(other.__dict__)
 
 # %% ../../nbs/10_data/14b_table.ipynb #57439eca
-def _decide(parts, target, task, classes, scale, unit, lists):
+def _decide(parts, target, task, classes, unit, lists):
     "Find out what the columns are, and how the target is written."
     if target is None:
         table = parts.open('train')
         raise DataError(f"`target` is not given: which column is to be predicted? `{table.name}` has {listed(table.columns, 20)}.")
     parts.decide(target, task, **lists)
-    if parts.task=='number': return TargetCode(parts.target, 'number', scale=scale, unit=unit)
+    if parts.task=='number': return TargetCode(parts.target, 'number', unit=unit)
     return TargetCode(parts.target, 'classes', classes=tuple(classes or parts.classes(parts.part('train'))))
 
 def _told(ds):
@@ -89,7 +88,7 @@ def _told(ds):
     for k,r in p.roles.items(): groups.setdefault(r.kind, []).append(k)
     inputs = '; '.join(f'{word} {listed(groups[k])}' for k,word in dict(number='numbers', category='words', date='dates').items() if k in groups)
     out = ', '.join(f"`{k}` ({'names or keys of rows' if r.kind=='id' else r.kind})" for k,r in p.roles.items() if r.kind in ('id','text','constant') and k!=p.id_column)
-    goal = f'{len(ds.classes)} classes' if ds.classes else f'a number ({ds.target_code.scale} scale)'
+    goal = f'{len(ds.classes)} classes' if ds.classes else 'a number'
     return f"`{p.open('train').name}`: {len(ds):,} rows; {inputs}. `{p.target}` is taken for {goal}.{f' Left out: {out}.' if out else ''}"
 
 # %% ../../nbs/10_data/14b_table.ipynb #3ceed4ad
@@ -104,7 +103,7 @@ def fit(self:TableData,
     res,values = copy.copy(self),self._part.values
     y = values[self._parts.target]
     if isinstance(y, Words): _warn_absent(self.target_code, y, self.rows, rows)
-    else: res.target_code = fit_target(self.target_code, y[rows])
+    else: res.target_code = self.target_code.fit(y[rows])
     res._code,res._state,res._seen = fit_table(values, self._parts.roles, rows, self.encode, self.max_categories),{},{}
     return res
 
@@ -159,22 +158,16 @@ def load(self:TableData,
     "Give the sample `i` as the network sees it."
     return tuple(o[0] for o in self.gather(torch.tensor([i])))
 
-# %% ../../nbs/10_data/14b_table.ipynb #26961912
-@patch
-def targets(self:TableData)->Tensor|None: # (n,) int64 labels or (n, 1) scaled numbers; None when the file has none
-    "List all targets."
-    if self.target_code.task=='number': self.learn_once()
-    return super(TableData, self).targets()
-
 # %% ../../nbs/10_data/14b_table.ipynb #d7935056
 @patch
 def facts(self:TableData)->dict[str,Any]: # See below
     "Tell what a model may want to know about the inputs and targets."
     table,y = self._encoded()
-    res,t = dict(input='table', task=self.target_code.task, target_name=self._parts.target, samples=len(self)),self.target_code
+    t = self.target_code
+    res = dict(input='table', task=t.task, target_name=t.column, samples=len(self))
     if self.encode=='onehot': res['in_features'] = len(self.code.names())
     else: res |= dict(num_numbers=table.numbers.shape[1], category_sizes=self.code.category_sizes)
-    if t.task=='number': return res | dict(out_features=1, unit=t.unit, target_scale=dict(scale=t.scale, mean=t.mean, std=t.std))
+    if t.task=='number': return res | dict(out_features=1, unit=t.unit, target_mean=[t.mean], target_std=[t.std])
     if y is not None: res['class_counts'] = y[self.rows].bincount(minlength=len(self.classes)).tolist()
     return res | dict(num_classes=len(self.classes))
 
@@ -190,21 +183,10 @@ def decode(self:TableData,
 
 @patch
 def target_name(self:TableData,
-    y:Any # A label, or a scaled number
+    y:Any # A label, or a number
 )->str: # The class, or the number in its unit
     "Say target `y` in words."
-    if self.target_code.task=='number':
-        self.learn_once()
-        y = torch.as_tensor(y).flatten()[0]
-    return self.target_code.write(y)
-
-@patch
-def target_values(self:TableData,
-    y:Tensor # (...) scaled targets or predictions
-)->Tensor: # (...) float64 numbers in the unit of the file
-    "Undo the scaling of a target that is a number."
-    self.learn_once()
-    return self.target_code.decode(y)
+    return self.target_code.write(y if self.target_code.task=='classes' else torch.as_tensor(y).flatten()[0])
 
 @patch
 def show(self:TableData,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common.errors import DataError, did_you_mean, listed
 from ..common.logs import get_logger
 from .array_files import split_named
-from .cells import as_numbers, cell_texts, find_gaps, plain_cells
+from .cells import cell_texts, plain_cells, read_cells
 from .column_values import TableValues, Words, read_values
 from .columns import ColumnSummary, Role, column_roles, summarise
 from .samples import natural_key
@@ -172,7 +172,7 @@ def target_of(self:TableParts,
     "Write the targets for a network."
     if self.target not in part.values.columns: return None
     y = part.values[self.target]
-    if code.task=='number': return code.encode(y)
+    if code.task=='number': return y.float().unsqueeze(1)
     labels = code.labels(y)
     bad = part.rows[(labels[part.rows]<0) & (y.codes[part.rows]>=0)]
     if not len(bad): return labels
@@ -202,8 +202,8 @@ def hashes(self:TableParts,
 
 def _alike(cells):
     "Cells as texts that are equal where they mean the same: 4, 4.0 and the number 4, but not 04."
-    values = as_numbers(cells)
-    res = cell_texts(cells, find_gaps(cells, values))
+    values,gaps = read_cells(cells)
+    res = cell_texts(cells, gaps)
     if isinstance(cells, list):
         for i in (abs(values)<1e15).nonzero()[0].tolist():
             if not (o := res[i]) or o[0]=='0' and o[1:2].isdigit(): continue
