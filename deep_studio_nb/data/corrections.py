@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from fastcore.basics import patch
-from ..common.errors import DataError, did_you_mean, listed
+from ..common.errors import DataError, did_you_mean, listed, near
 from ..common.logs import get_logger
 from .journal_lines import Entry
 from .label_journal import LabelJournal
@@ -179,8 +179,9 @@ def find_sample(
         found = [o for o in named if fits(o[2])]
         if len({o[2] for o in found})>1: raise DataError(f"`{name}` may be {listed(o[2] for o in found)}. Give more of the path.")
         if found: return found[0][:2]
-    near = [o for *_,o in named if o.rpartition('/')[2]==text.rpartition('/')[2]] or [o for *_,o in named][:2000]
-    raise DataError(f"There is no sample `{name}`{did_you_mean(text, near) or '.'} Names look like {listed([o for *_,o in named][:2])}.")
+    last = {o.rpartition('/')[2]: o for *_,o in reversed(named)}
+    meant = near(text.rpartition('/')[2], list(last)[:2000], 1)   # comparing with a hundred thousand names would take seconds
+    raise DataError(f"There is no sample `{name}`{f', did you mean `{last[meant[0]]}`?' if meant else '.'} Names look like {listed([o for *_,o in named][:2])}.")
 
 # %% ../../nbs/10_data/11g_corrections.ipynb #cd6bc9eb
 def _label_of_words(dataset, words):
