@@ -172,7 +172,7 @@ def fit(self:TextSamples,
     indices:Tensor|None=None # (n,) numbers of the samples to learn from; None for all
 )->TextSamples: # The same texts, seen with their vocabulary
     "Learn the vocabulary, and the scale of a number, from some of the texts."
-    if self.learned.fixed: return self
+    if self.learned.fixed or self.stage!='train': return self   # a loader asks whatever it is given
     res,idx = self.using(self.stage),slice(None) if indices is None else torch.as_tensor(indices, dtype=torch.long)
     res.learned = _Learned(self.source.store, self.rows[idx], None if self.y is None else self.y[idx], self.learned.limits)
     return res
@@ -244,7 +244,8 @@ def plot_tokens(self:TextSamples)->Figure: # Two pictures
     left,right = fig.subplots(1, 2)
     self.vocabulary.plot(self.tokens.name, left)
     lengths = self.source.store.lengths()[self.rows]
-    right.hist(lengths.numpy(), bins=min(50, max(int(lengths.max()), 1)))
+    step = 1+int(lengths.max())//50
+    right.hist(lengths.numpy(), bins=range(0, int(lengths.max())+2*step, step))
     cut = 0 if self.max_length is None else (lengths>self.max_length).float().mean().item()
     if cut: right.axvline(self.max_length, color='C3')
     right.set(xlabel=f'{self.tokens.name} in a text', ylabel='texts')
