@@ -29,7 +29,7 @@ def _useless(roles, target):
     "Columns that are constant, or only number the rows."
     of = lambda kind: {k: why for k,(r,why) in roles.items() if r==kind and k!=target}
     return [*_listed_finding('warning', 'constant', '{n} never change{s}.', of('constant'), 'Nothing can be learned from them: drop them, or find out why they stand still.'),
-            *_listed_finding('note', 'id_like', '{n} look like ids: they tell rows apart.', of('id'), 'They are left out as inputs; name them under `numbers` or `categories` if they mean something.')]
+            *_listed_finding('note', 'id_like', '{n} look{s} like an id: the values tell rows apart.', of('id'), 'They are left out as inputs; name them under `numbers` or `categories` if they mean something.')]
 
 def _gaps(rows, target):
     "Columns with missing values, few or most."
@@ -38,7 +38,7 @@ def _gaps(rows, target):
     said = lambda o: f'{gaps[o]:,} of {n:,} ({gaps[o]/n:.0%})'
     most = {o: said(o) for o in gaps if n>gaps[o]>0.5*n}
     some = {o: said(o) for o in sorted(gaps, key=gaps.get, reverse=True) if 0<gaps[o]<=0.5*n}
-    return [*_listed_finding('warning', 'mostly_missing', '{n} {are} empty in most rows.', most, 'Drop them, unless it means something that a value is there at all.'),
+    return [*_listed_finding('warning', 'mostly_missing', '{n} {are} empty in most rows.', most, 'Drop what is empty, unless it means something that a value is there at all.'),
             *_listed_finding('note', 'missing', '{n} {have} missing values.', some, 'Numbers get the median and a column that says so, categories an own word.')]
 
 # %% ../../nbs/10_data/19k_column_findings.ipynb #d5cd18b6

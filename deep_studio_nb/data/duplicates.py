@@ -89,14 +89,14 @@ def perceptual_hash(
 def alike_enough(
     hashes:ndarray, # (n, 63) rows of length 1
     n:int=1000 # Pictures to look at, at most
-)->float: # 0.96 where all pictures differ, up to 0.996 where they are alike by nature
+)->float: # 0.96 where all pictures differ, up to 0.997 where they are alike by nature
     "Choose how alike two pictures of this set have to be to count as the same."
     import numpy as np
     if len(hashes)<20: return 0.96   # too few to say what is usual
     some = np.unique(np.linspace(0, len(hashes)-1, min(n, len(hashes))).astype(int))
     kth = len(hashes)-11   # counted from the farthest; the nearest is the picture itself
     near = np.partition(hashes[some]@hashes.T, kth, axis=1)[:,kth]
-    return 1-float(np.clip((1-np.quantile(near, 0.25))/10, 0.004, 0.04))
+    return 1-float(np.clip((1-np.quantile(near, 0.25))**2/3, 0.003, 0.04))
 
 # %% ../../nbs/10_data/19d_duplicates.ipynb #935a82f1
 _BLOCK,_COLOR,_FLAT = 1024,10,3 # rows at a time; levels that colours may differ in the mean; spread of the shades below which there is nothing to see

@@ -36,6 +36,7 @@ class RowSet:
     places:dict[str,str] = field(default_factory=dict) # Split -> what stands before a line number: "line" or "valid.csv:"
     written:str = '' # How the file is written
     findings:list[Finding] = field(default_factory=list) # What is wrong with the files
+    names:list[str]|None = None # Name of each row; None for file and line
 
     def __len__(self): return len(self.splits)
 
@@ -43,6 +44,7 @@ class RowSet:
         i:int # Number of the row, over all splits
     )->str: # "line 17", or "valid.csv:17" where there are several files
         "Say where a row is."
+        if self.names is not None: return self.names[i]
         place = self.places[self.splits[i]]
         return f'{place}{"" if place.endswith(":") else " "}{self.lines[i]}'
 

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 from ..common.errors import DataError
 from ..common.pictures import new_picture
+from ..common.tables import Table
 from .class_findings import class_findings, count_classes, draw_counts, in_order
 from .column_findings import column_findings, numbers_of, roles_of, target_findings
 from .columns import Role, role_table
@@ -104,6 +105,11 @@ def _target_fact(rows, target, classes):
     if classes: return f'{target}: ' + ', '.join(f'{k} {n:,}' for k,n in s.counts.most_common(5)) + (f' and {s.distinct-5:,} more' if s.distinct>5 else '')
     return f'{target}: a number, {s.low:g} to {s.high:g}'
 
+def _narrow(table):
+    "Leave out of a table of roles what would not fit beside the rest in a terminal."
+    cut = lambda text, n: text if len(text)<=n else text[:n-3]+'...'
+    return Table({**{k: o[k] for k in ('column','role','missing','different')}, 'column': cut(o['column'], 24), 'values': cut(o['values'], 44)} for o in table)
+
 def _checked_target(rows, target, classes):
     "Findings about the target, and a table of its classes."
     if target is None: return [],None
@@ -129,7 +135,7 @@ def table_report(
     found,counts = _checked_target(rows, target, classes)
     found = [*rows.findings, *found, *column_findings(rows, target), *_row_duplicates(rows, roles, target, classes), *(group_findings(rows.texts(group), rows.splits, f'groups of `{group}`') if group else [])]
     facts = dict(rows={o: about[o] for o in in_order(rows.splits)}, columns=len(rows.columns), **({'written': rows.written} if rows.written else {}), target=_target_fact(rows, target, classes) if target else 'none was named')
-    table = role_table(next(iter(rows.seen.values())), {o: Role('target' if o==target else r, why) for o,(r,why) in roles.items()})
+    table = _narrow(role_table(next(iter(rows.seen.values())), {o: Role('target' if o==target else r, why) for o,(r,why) in roles.items()}))
     pictures = {**({'samples by class': lambda: draw_counts(counts)} if counts else {}), **({'columns': lambda: draw_columns(rows)} if any(r in ('number','category') for r,_ in roles.values()) else {})}
     res = Report(rows.title, facts, found, table, pictures)
     res.seconds = perf_counter()-began

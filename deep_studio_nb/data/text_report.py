@@ -32,11 +32,16 @@ def mended(
 )->str|None: # The text as it was meant; None when it does not look broken, or cannot be mended
     "Undo a wrong decoding, where that is possible."
     if not _MARKS.search(text): return None
-    for wrong,right in (('cp1252','utf-8'),('latin1','utf-8'),('latin1','cp949')):
+    for wrong,right in (('cp1252','utf-8'),('latin1','utf-8'),('latin1','cp949'),('latin1','cp1252')):
         try: res = text.encode(wrong).decode(right)
         except UnicodeError: continue
-        if not _MARKS.search(res) and res!=text: return res
+        if res!=text and not _MARKS.search(res) and (right!='cp949' or _korean(text, res)): return res
     return None
+
+def _korean(text, res):
+    "Whether `res` is Korean enough: most of the strange letters became syllables, of several kinds."
+    found = [o for o in res if '가'<=o<='힣']
+    return len(set(found))>1 and 3*len(found)>sum(not o.isascii() for o in text)>=4
 
 def is_broken(
     text:str # Any text
@@ -57,7 +62,8 @@ def _cut(text, n=60): return repr(text if len(text)<=n else text[:n]+'...')
 
 def _told(level, kind, what, who, rows, texts, advice):
     "A finding about the texts numbered `who`, or none."
-    return [Finding(level, kind, f'{len(who):,} {what}', '', len(who), [f'{rows.name(i)}: {_cut(texts[i] or "")}' for i in who], advice)] if who else []
+    said = what.format(n=f'{len(who):,} text{"s" if len(who)>1 else ""}', s='' if len(who)>1 else 's', are='are' if len(who)>1 else 'is')
+    return [Finding(level, kind, said, '', len(who), [f'{rows.name(i)}: {_cut(texts[i] or "")}' for i in who], advice)] if who else []
 
 # %% ../../nbs/10_data/19m_text_report.ipynb #a6417c57
 _LONG = 20 # times the median length from which a text is an outlier
@@ -73,10 +79,10 @@ def text_findings(
     most = max(_LONG*sizes[len(sizes)//2], 3*sizes[int(0.999*(len(sizes)-1))]) if sizes else 0
     broken = [i for i in has if is_broken(texts[i])]
     back = next((f' The first was {_cut(mended(texts[i]))}.' for i in broken if mended(texts[i])), '')
-    return [*_told('warning', 'empty_text', 'rows have no text.', empty, rows, texts, 'They are left out; fill or delete them.'),
-            *_told('warning', 'mojibake', 'texts hold letters of a wrong decoding.', broken, rows, texts, f'Decode the source again in its own encoding.{back}'),
-            *_told('note', 'markup', 'texts hold HTML.', [i for i in has if _MARKUP.search(texts[i])], rows, texts, 'Take it out, unless it means something.'),
-            *_told('note', 'long_text', 'texts are far longer than the rest.', [i for i in has if len(texts[i])>most], rows, texts, 'Are several texts in one cell? `max_length` cuts them.')]
+    return [*_told('warning', 'empty_text', '{n} {are} empty.', empty, rows, texts, 'They are left out; fill or delete them.'),
+            *_told('warning', 'mojibake', '{n} hold{s} letters of a wrong decoding.', broken, rows, texts, f'Decode the source again in its own encoding.{back}'),
+            *_told('note', 'markup', '{n} hold{s} HTML.', [i for i in has if _MARKUP.search(texts[i])], rows, texts, 'Take it out, unless it means something.'),
+            *_told('note', 'long_text', '{n} {are} far longer than the rest.', [i for i in has if len(texts[i])>most], rows, texts, 'Are several texts in one cell? `max_length` cuts them.')]
 
 # %% ../../nbs/10_data/19m_text_report.ipynb #f4b36807
 def draw_lengths(
