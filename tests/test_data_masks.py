@@ -252,6 +252,12 @@ def test_workers_change_nothing(tmp_path, workers):
     assert all(torch.equal(a, b) for one, two in zip(alone[2:], loader, strict=True) for a, b in zip(one, two))
 
 
+def test_a_cache_changes_nothing(tmp_path):
+    ds = ImageMasks(data(tmp_path)).with_transforms(build_transforms(MOVES))
+    kept, plain = (BaseDataLoader(ds, 2, cache=o, num_workers=0) for o in ('memory', 'off'))
+    for _ in range(2): assert all(torch.equal(a, b) for one, two in zip(kept, plain, strict=True) for a, b in zip(one, two))
+
+
 def test_validation_is_held_out_and_not_augmented(tmp_path):
     loader = BaseDataLoader(ImageMasks(data(tmp_path)).with_transforms(transforms_for(ImageMasks(tmp_path), dict(preset='photos', size=16))), 4, validation_split=2)
     valid = loader.split_validation()

@@ -132,6 +132,14 @@ def test_workers_change_nothing(tmp_path, workers):
     assert all(torch.equal(a, b) for one, two in zip(alone[1:], loader, strict=True) for a, b in zip(one, two))
 
 
+@pytest.mark.parametrize('make_input', [None, 'grey', DAMAGE])
+def test_a_cache_changes_nothing(tmp_path, make_input):
+    data(tmp_path)
+    ds = ImagePairs(tmp_path if make_input is None else tmp_path/'target', make_input=make_input).with_transforms(build_transforms(CUT))
+    kept, plain = (BaseDataLoader(ds, 2, cache=o, num_workers=0) for o in ('memory', 'off'))
+    for _ in range(2): assert all(torch.equal(a, b) for one, two in zip(kept, plain, strict=True) for a, b in zip(one, two))
+
+
 def test_colourisation(tmp_path):
     for i in range(4):
         (tmp_path/f'train/class{i%2}').mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,15 @@ def _damaging(self:ImagePairs, transform):
 def with_transforms(self:ImagePairs, transforms:Mapping[str,Callable])->ImagePairs:
     return super(ImagePairs, self).with_transforms({k: self._damaging(v) for k,v in transforms.items()})
 
+# %% ../../nbs/10_data/13d_image_pairs.ipynb #0627594b
+@patch
+def _prepare(self:ImagePairs, i):
+    item = super(ImagePairs, self)._prepare(i)
+    return item if self._damage is None or self.transform is None else item[1:]
+
+@patch
+def _apply(self:ImagePairs, fn, item): return super(ImagePairs, self)._apply(fn, item if len(item)>1 else item*2)
+
 # %% ../../nbs/10_data/13d_image_pairs.ipynb #0fc2782e
 @patch
 def targets(self:ImagePairs)->None:
