@@ -16,6 +16,9 @@ from deep_studio_nb.data.augment import batch_step, plan_of
 from deep_studio_nb.data.batch_steps import sizes_of
 from deep_studio_nb.data.batch_warps import BatchJitter
 from deep_studio_nb.data.draws import sample_draws, uniforms
+from deep_studio_nb.data.image_folder import ImageFolder
+from deep_studio_nb.data.loaders import BaseDataLoader
+from deep_studio_nb.data.samples import Index
 from deep_studio_nb.data.tensors import Tensors
 from deep_studio_nb.data.transforms import ToTensor, Transforms, build_transforms
 
@@ -364,3 +367,45 @@ def test_inputs_that_are_no_plain_pictures(raw):
     steps = build_transforms({'train': [v2.CenterCrop(4) if isinstance(raw, Image.Image) else (v2.Identity())]})['train']
     plan = steps.plan()
     assert torch.equal(plan.batch([plan.prepare(raw)])[0], steps(raw))
+
+
+# --- through a loader ---
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "20 photos of different sizes, augmented in training."
+    root = tmp_path_factory.mktemp('photos')
+    for i, x in enumerate(mixed(20)):
+        (root/'ab'[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(x.permute(1, 2, 0).numpy()).save(root/'ab'[i % 2]/f'{i:02}.png')
+    return ImageFolder(root).with_transforms(build_transforms({'train': EVERYTHING[:7], 'valid': [v2.Resize(20), v2.CenterCrop(16)]}))
+
+
+def by_sample(loader, epochs=2):
+    "What each sample became in each epoch."
+    res = []
+    for _ in range(epochs):
+        order = loader.sampler.upcoming()[0].tolist()
+        res.append(dict(zip(order, torch.cat([x for x, _ in loader]), strict=True)))
+    return res
+
+
+@pytest.mark.parametrize('how', [dict(batch_size=7), dict(batch_size=20), dict(batch_size=4, num_workers=2), dict(batch_size=3, num_workers=1, start='fork'), dict(batch_size=4, cache='memory'), dict(batch_size=6, cache='disk', num_workers=2)], ids=str)
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+def test_a_sample_becomes_the_same_whatever_loads_it(photos, how):
+    want = by_sample(BaseDataLoader(photos, 4, num_workers=0, cache='off', seed=3))
+    assert not torch.equal(want[0][5], want[1][5])
+    got = by_sample(BaseDataLoader(photos, **how, seed=3))
+    for a, b in zip(want, got, strict=True):
+        assert a.keys()==b.keys() and all(torch.equal(a[i], b[i]) for i in a)
+    first = dict(zip(*(o.tolist() for o in BaseDataLoader(photos, 4, seed=3).sampler.upcoming())))
+    assert all(torch.equal(photos[Index(i, first[i])][0], want[0][i]) for i in (0, 7, 19))
+
+
+def test_bytes_in_memory_are_augmented_like_files(photos):
+    x = pictures(24, 24, 20)
+    steps = build_transforms({'train': [v2.RandomCrop(20, padding=2), v2.RandomHorizontalFlip(), v2.Normalize([0.5]*3, [0.2]*3)]})
+    ds = Tensors(x, torch.arange(20)).with_transforms(steps)
+    got = by_sample(BaseDataLoader(ds, 6, seed=1))
+    order, draws = BaseDataLoader(ds, 6, seed=1).sampler.upcoming()
+    for i, draw in zip(order.tolist(), draws.tolist()): assert torch.equal(steps['train'].plan().batch([x[i]], torch.tensor([draw]))[0], got[0][i])

@@ -5,6 +5,7 @@ import torch
 from deep_studio_nb.common.errors import DataError
 from deep_studio_nb.common.randomness import generator
 from deep_studio_nb.data.batches import EpochSampler
+from deep_studio_nb.data.loaders import BaseDataLoader
 from deep_studio_nb.data.sampling import by_length, class_counts, class_weights, fill_places, order_of, positive_weights, share_places
 from deep_studio_nb.data.tensors import Tensors
 
@@ -169,3 +170,38 @@ def test_weights_of_labels():
 
 def test_places_of_a_class_without_samples_stay_empty():
     assert fill_places(torch.tensor([0, 2, 2]), torch.tensor([2, 0, 3]), generator(0)).bincount().tolist()[0]==2
+
+
+# --- through a loader ---
+
+@pytest.mark.parametrize('sampling, weights', [('balanced', None), ('weighted', {'c1': 5})])
+def test_a_loader_samples_by_class_in_training_only(sampling, weights):
+    ds = data((90, 10))
+    loader = BaseDataLoader(ds, 10, validation_split=0.2, sampling=sampling, weights=weights, seed=4)
+    y = torch.cat([y for _, y in loader])
+    want = (40, 40) if sampling=='balanced' else (51, 29)
+    assert len(y)==80 and (y.bincount()-torch.tensor(want)).abs().max() <= 1
+    valid = torch.cat([y for _, y in loader.split_validation()])
+    assert valid.bincount().tolist()==[18, 2]
+
+
+def test_a_loader_goes_on_in_the_middle_of_a_balanced_epoch():
+    ds = data((33, 7))
+    def batches(step):
+        loader = BaseDataLoader(ds, 8, sampling='balanced', seed=2)
+        loader.set_epoch(2)
+        loader.start_at(step)
+        return list(loader)
+    want = batches(0)
+    for step in (1, 4):
+        for a, b in zip(batches(step), want[step:], strict=True): assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_a_loader_puts_texts_of_like_length_together():
+    ds = Sentences([i*7 % 31 for i in range(40)])
+    loader = BaseDataLoader(ds, 4, sampling='by_length')
+    order = loader.sampler.order()
+    assert torch.equal(order.sort().values, torch.arange(40))
+    spread = [max(ds.lengths()[i] for i in o)-min(ds.lengths()[i] for i in o) for o in order.split(4)]
+    assert max(spread) <= 4
+    with pytest.raises(DataError, match='`shuffle` is false'): BaseDataLoader(ds, 4, shuffle=False, sampling='by_length')
