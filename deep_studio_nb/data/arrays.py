@@ -142,7 +142,7 @@ def decode(self:Arrays, x:Any)->Tensor|str:
 # %% ../../nbs/10_data/15c_arrays.ipynb #e93257be
 @patch
 def fit(self:Arrays, indices:Tensor|None=None)->Arrays:
-    if self._task!='number' or self._part!='train': return self
+    if self._task!='number' or self.stage!='train': return self
     res,y = self.using(self.stage),self.y if indices is None else self.y[torch.as_tensor(indices, dtype=torch.long)]
     res._spread = dict(target_mean=y.mean(0).flatten().tolist(), target_std=y.std(0, correction=0).clamp(min=1e-8).flatten().tolist())
     return res
@@ -151,7 +151,7 @@ def fit(self:Arrays, indices:Tensor|None=None)->Arrays:
 def facts(self:Arrays)->dict[str,Any]: # As `Tensors.facts`; `target_mean` and `target_std` of numbers
     "Tell what a model may want to know about the inputs and targets."
     res = super(Arrays, self).facts()
-    if self._task=='number': res.update(self.__dict__.get('_spread') or self.fit()._spread if self._part=='train' else {})
+    if self._task=='number': res.update(self.__dict__.get('_spread') or self.using('train').fit()._spread)
     return res
 
 # %% ../../nbs/10_data/15c_arrays.ipynb #df5e22fb

@@ -164,7 +164,7 @@ def column(self:ImageList,
 
 @patch
 def fit(self:ImageList, indices:Tensor|None=None)->ImageList:
-    if self._target_of.task!='number': return self
+    if self._target_of.task!='number' or self.stage!='train': return self
     res,y = self.using(self.stage),self.targets() if indices is None else self.targets()[torch.as_tensor(indices, dtype=torch.long)]
     res._spread = dict(target_mean=y.mean(0).tolist(), target_std=y.std(0, correction=0).clamp(min=1e-8).tolist())
     return res
@@ -173,5 +173,5 @@ def fit(self:ImageList, indices:Tensor|None=None)->ImageList:
 def facts(self:ImageList)->dict[str,Any]: # As `ImageDataset.facts`; `target_mean` and `target_std` of numbers
     "Tell what a model may want to know about the images."
     res = super(ImageList, self).facts()
-    if self._target_of.task=='number': res.update(self.__dict__.get('_spread') or self.fit()._spread)
+    if self._target_of.task=='number': res.update(self.__dict__.get('_spread') or self.using('train').fit()._spread)
     return res
