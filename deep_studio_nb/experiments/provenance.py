@@ -12,7 +12,7 @@ from pathlib import Path
 from .. import __version__
 from ..common.arguments import split_spec
 from ..common.registry import REGISTRIES
-from ..common.schema import SECTIONS
+from ..common.parts import parts
 
 # %% ../../nbs/50_experiments/51_provenance.ipynb #9b8a035e
 _WATCHED = 'torch','torchvision','torchmetrics','numpy','scikit-learn','pillow'
@@ -41,21 +41,13 @@ def git_state(
     return dict(commit=commit.decode().strip(), branch=branch.decode().strip(),
                 diff=hashlib.sha256(diff).hexdigest() if diff.strip() else None)
 
-# %% ../../nbs/50_experiments/51_provenance.ipynb #7c9eae31
-def _specs(config):
-    for section,slot in SECTIONS.items():
-        value = config.get(section)
-        if not value: continue
-        items = sum(value.values(), []) if section=='transforms' else value if isinstance(value, list) else [value]
-        for item in items: yield section,REGISTRIES[slot.kind],item
-
-# %% ../../nbs/50_experiments/51_provenance.ipynb #155d6264
+# %% ../../nbs/50_experiments/51_provenance.ipynb #a949c192
 def part_records(
     config:dict # A run's config, plain data
 ) -> dict[str,dict]: # `section.Type` to its `place` and the sha256 of its `code`
     "Say where each named part comes from, and what its code was."
     res = {}
-    for section,registry,spec in _specs(config):
-        name,_ = split_spec(spec)
-        res[f'{section}.{name}'] = dict(place=registry.place(name), code=registry.code_hash(name))
+    for path,slot,spec in parts(config):
+        registry,(name,_) = REGISTRIES[slot.kind],split_spec(spec)
+        res[f'{path[0]}.{name}'] = dict(place=registry.place(name), code=registry.code_hash(name))
     return res

@@ -63,11 +63,11 @@ def counts(self:Splits) -> dict[str,int]: # Split to number of samples
 
 # %% ../../nbs/50_experiments/52a_run_data.ipynb #7f21bea5
 @patch
-def record(self:Splits) -> dict: # `counts` and `fingerprint` by split, `classes`, kind of `input`, `folder` of the files
+def record(self:Splits) -> dict: # `counts` and `fingerprint` by split, `classes`, kind of `input`, `task`, `folder` or `file`
     "Say what this data is, for the manifest."
     sets = {k: o.dataset for k,o in self.there().items() if hasattr(o, 'dataset')}
-    folder = getattr(sets['train'], 'data_dir', None) if 'train' in sets else None
-    return dict(counts=self.counts(), classes=self.classes, input=self.facts.get('input'), folder=folder and str(folder),
+    place = lambda name: str(o) if isinstance(o := getattr(sets.get('train'), name, None), (str,Path)) else None
+    return dict(counts=self.counts(), classes=self.classes, input=self.facts.get('input'), task=self.facts.get('task'), folder=place('data_dir'), file=place('file'),
                 fingerprint={k: o.fingerprint() for k,o in sets.items() if hasattr(o, 'fingerprint')})
 
 # %% ../../nbs/50_experiments/52a_run_data.ipynb #e07885a6

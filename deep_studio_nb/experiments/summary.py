@@ -31,7 +31,8 @@ _WORTH = {'checkpoints/best_model.pt': 'the best weights, with all it takes to u
 def _next(folder:RunFolder, record:dict) -> Iterator[str]:
     "Commands that are worth a try after this run."
     run,data = _typed(folder.path),record.get('data') or {}
-    if data.get('input')=='image' and data.get('folder'): yield f'deep-studio predict {run} {_typed(data["folder"])} --out predictions.csv'
+    source = data.get('folder') if data.get('input')=='image' else data.get('file')
+    if source: yield f'deep-studio predict {run} {_typed(source)} --out predictions{"" if data.get("task") in ("mask","image") else ".csv"}'
     if 'valid' in data.get('counts', {}): yield f'deep-studio eval {run} --split valid'
     yield 'deep-studio select-best'
 
