@@ -10,12 +10,14 @@ import os, sys, traceback
 from pathlib import Path
 import typer
 from .common.errors import StudioError
+from .data_commands import data_app
 
 # %% ../nbs/80_front/81_cli.ipynb #234e1b84
 app = typer.Typer(name='deep-studio', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode=None, context_settings=dict(help_option_names=['-h','--help']),
                   help='From a config to a finished experiment.',
                   epilog='--debug, anywhere, shows the traceback of an error.')
+app.add_typer(data_app, name='data')
 
 # %% ../nbs/80_front/81_cli.ipynb #d852e85d
 def _short(path): # a path as a person would type it
