@@ -52,7 +52,7 @@ class BagOfWords(nn.Module):
         pad_id:int=0, # Number of the padding
         dim:int=64, # Numbers in a token's vector
         ngrams:int=2, # Largest group of neighbours with a vector of its own; 1 for tokens alone
-        buckets:int=50_000, # Vectors that groups share
+        buckets:int=20_000, # Vectors that groups share
         dropout:float=0.3, # Share of the averages set to zero in training, 0 to 1
         target_mean:Sequence[float]|None=None, # Means of the numbers to predict, as for `InUnits`; None for classes
         target_std:Sequence[float]|None=None # Spreads of the numbers to predict
