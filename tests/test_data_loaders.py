@@ -57,14 +57,15 @@ def epochs(loader, n=2):
 def test_the_same_batches_with_any_number_of_workers(photos):
     want = epochs(BaseDataLoader(photos, 4, seed=5))
     assert not same(want[:6], want[6:])
-    for n in (1, 3): assert same(epochs(BaseDataLoader(photos, 4, num_workers=n, seed=5)), want)
+    for start in ('threads', 'fork'):
+        for n in (1, 3): assert same(epochs(BaseDataLoader(photos, 4, num_workers=n, seed=5, start=start)), want)
     assert not same(epochs(BaseDataLoader(photos, 4, seed=6)), want)
 
 
 def test_the_same_batches_from_spawned_workers(photos):
-    loader = BaseDataLoader(photos, 4, num_workers=1, seed=5)
-    loader.multiprocessing_context = 'spawn'
+    loader = BaseDataLoader(photos, 4, num_workers=1, seed=5, start='spawn')
     assert same(loader, BaseDataLoader(photos, 4, seed=5))
+    assert loader.multiprocessing_context.get_start_method() == 'spawn'
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -233,7 +234,7 @@ def test_targets_of_two_sizes_and_pictures_that_are_no_tensors():
 def test_a_bad_file_in_an_epoch_is_named(tmp_path, workers):
     (tmp_path/'a').mkdir()
     (tmp_path/'a/글.jpg').write_text('text')
-    with pytest.raises(DataError) as e: list(BaseDataLoader(ImageFolder(tmp_path), num_workers=workers))
+    with pytest.raises(DataError) as e: list(BaseDataLoader(ImageFolder(tmp_path, on_bad='raise'), num_workers=workers, start='fork'))
     assert '글.jpg' in str(e.value) and 'Traceback' not in str(e.value)
 
 
@@ -245,7 +246,7 @@ def test_an_error_of_the_users_own_code_keeps_its_place():
 
 
 def test_workers_leave_ctrl_c_to_the_main_process(photos):
-    loader = BaseDataLoader(photos, 2, num_workers=2, seed=5)
+    loader = BaseDataLoader(photos, 2, num_workers=2, seed=5, start='fork')
     want = list(BaseDataLoader(photos, 2, seed=5))
     got = []
     for batch in loader:
@@ -257,8 +258,7 @@ def test_workers_leave_ctrl_c_to_the_main_process(photos):
 @pytest.mark.parametrize('context', ['fork', 'spawn'])
 def test_ctrl_c_never_reaches_a_worker_that_is_just_starting(photos, context):
     "The signal comes right after the start, long before the worker runs any code of ours."
-    loader = BaseDataLoader(photos, 2, num_workers=2, seed=5)
-    loader.multiprocessing_context = context
+    loader = BaseDataLoader(photos, 2, num_workers=2, seed=5, start=context)
     batches = iter(loader)
     for o in loader._iterator._workers: os.kill(o.pid, signal.SIGINT)
     assert same(list(batches), list(BaseDataLoader(photos, 2, seed=5)))
@@ -273,10 +273,10 @@ def test_a_custom_collate_sees_the_samples(photos):
 def test_an_epoch_goes_on_after_an_error(tmp_path):
     (tmp_path/'a').mkdir()
     for i in range(4): Image.new('L', (4, 4), i).save(tmp_path/'a'/f'{i}.png')
-    ds = ImageFolder(tmp_path)
+    ds = ImageFolder(tmp_path, on_bad='raise')
     for workers in (0, 1):
         (tmp_path/'a/2.png').write_bytes(b'')
-        loader = BaseDataLoader(ds, 2, False, num_workers=workers)
+        loader = BaseDataLoader(ds, 2, False, num_workers=workers, cache='off')
         with pytest.raises(DataError): list(loader)
         Image.new('L', (4, 4), 2).save(tmp_path/'a/2.png')
         assert len(list(loader)) == 2

@@ -22,12 +22,12 @@ from ..common.registry import LOADERS
 from .augment import plan_of  # noqa: F401 (gives transforms their plan)
 from .bad_files import remember_bad
 from .batches import EpochSampler
-from .division import divide
 from .image_files import BadFile
 from .keeping import STARTS, Cost, Room, check_cache, choose_workers, look_ahead, make_cache
 from .samples import Samples
 from .sampling import order_of
 from .show import show_batch as draw_batch
+from .split_files import divide_or_load
 from .streams import Jobs, Maker, Packed, picks_pixels
 from .workers import Threads, in_worker, without_ctrl_c
 
@@ -81,18 +81,21 @@ class BaseDataLoader(torch_data.DataLoader):
         test_split:float|int|None=0.0, # What to hold out for the test, as `validation_split`
         by:str='stratified', # How samples are held out: "stratified" by class, "random", by "group", or the latest by "time"
         groups:Any=None, # What must not be divided: a column, "folder", a pattern for names, or the values
-        times:Any=None # When each sample was taken, in the same words
+        times:Any=None, # When each sample was taken, in the same words
+        split:str|Path|None=None, # A file in which the samples of each part are saved, instead of dividing them here
+        fold:int|None=None # Which fold of that file, from 0
     ):
         _check_counts(batch_size=(batch_size,1,()), num_workers=(num_workers,0,('auto',)))
         _check_words(shuffle, sampling, start)
         check_cache(cache, cache_budget)
-        self.division = divide(dataset, validation_split, test_split, by, groups, times, seed)
+        self.division = divide_or_load(dataset, validation_split, test_split, by, groups, times, split, fold, seed)
         self._begin(self.division.train, batch_size, shuffle, num_workers, collate_fn, seed, drop_last, (sampling,weights), _Shared(cache, start, Room(cache_budget)))
 
 # %% ../../nbs/10_data/19_loaders.ipynb #3d16c48d
 @patch
 def _begin(self:BaseDataLoader, ds, batch_size, shuffle, num_workers, collate_fn, seed, drop_last, sampling, shared):
-    "Set the loader up for `ds`."
+    "Set the loader up for a view of `ds`, so that its cache is its own."
+    ds = ds.using(ds.stage)
     self.seed,self.shuffle,self._shared,self._settled = seed,shuffle,shared,False
     self._given_collate = collate_fn or getattr(ds, 'collate', None)
     self._bad:dict[int,BadFile] = {}   # number -> what was found
