@@ -53,7 +53,7 @@ def _resizer(step, x):
     "Make the function that resizes a view like `x` to the size of `step`."
     if _fast(step, x):
         resize,size = torch._C._nn._upsample_bilinear2d_aa,tuple(step.size)
-        return lambda x: resize(x[None], size, False)[0]
+        return lambda x: resize(x[None].contiguous(memory_format=torch.channels_last), size, False)[0]
     from torchvision.transforms.v2.functional import resize_image
     return lambda x: resize_image(settled(x), step.size, step.interpolation, antialias=step.antialias)
 
