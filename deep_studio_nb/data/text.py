@@ -86,6 +86,14 @@ def _begin(self:TextFile, tokens, task, classes, max_length, fitted, limits):
     self.classes = list(classes) if classes is not None else fitted.get('classes') if fitted else self._classes_of(source, self._groups[first])
     self._become(first)
     super(TextFile, self).__init__(self.source, self.rows, self.y, self.task, self.classes, self.clean, max_length, limits, fitted)
+    self._tell()
+
+@patch
+def _tell(self:TextFile):
+    "Say in the log what was found out."
+    what = dict(classes=f'one of {len(self.classes or ())} classes', labels=f'any of {len(self.classes or ())} labels', number='a number').get(self.task)
+    _log.info("`%s`: %s texts, cut into %s%s.", self.source.table.name, f'{len(self):,}', self.tokens.name, f'; `{self.target}` is {what}' if what else '')
+    if self.task=='classes' and len(self.classes)>max(20, len(self)/2): _log.warning("`%s` has %s different values in %s rows: is it the target? If it is an amount, set `task` to \"number\".", self.target, f'{len(self.classes):,}', f'{len(self):,}')
 
 def _as_fitted(tokens:str, fitted:Mapping)->str:
     "The way to cut that was in use when `fitted` was learned."
