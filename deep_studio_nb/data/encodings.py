@@ -36,6 +36,7 @@ def first_bad_byte(
             except UnicodeDecodeError as e:
                 at = done + len(block) - len(e.object) + e.start   # the decoder kept the beginning of a letter from the block before
                 return BadByte(at, lines + block[:max(at-done, 0)].count(b'\n') + 1, e.object[e.start])
+            except UnicodeError: return BadByte(0, 1, block[0])   # a mark that has to be there is not
             if not block: return None
             done,lines = done + len(block),lines + block.count(b'\n')
 
@@ -49,7 +50,8 @@ def _marked(head):
 def _zeros(head):
     "Tell UTF-16 without a mark by its zero bytes: every other byte of plain letters is one."
     for name,at in (('utf-16-le',1),('utf-16-be',0)):
-        if head[at::2].count(0) > len(head)*0.05 and not head[1-at::2].count(0): return name
+        zeros,others = head[at::2].count(0),head[1-at::2].count(0)   # `대` and some more have a zero in the other byte
+        if zeros > len(head)*0.05 and others < zeros/4: return name
 
 # %% ../../nbs/10_data/11c_encodings.ipynb #73d62ea5
 def _around(path, offset):

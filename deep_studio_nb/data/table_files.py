@@ -55,7 +55,7 @@ class TableFile:
         sep:str|None=None, # Between cells, such as "," or "tab"; None to find out
         encoding:str|None=None, # Such as "cp949"; None to find out
         quoting:str|bool='auto', # "on": quotes hold a cell together; "off": they are letters; "auto" to find out
-        chunk_rows:int=20_000, # Rows held in memory at a time
+        chunk_rows:int=2_000, # Rows held in memory at a time
         strict:bool=True # Raise at the first fault; False to collect them in `problems` and read what can be read
     ):
         self.source,self.header,self.strict,self.chunk_rows,self.problems = source,header,strict,chunk_rows,[]
