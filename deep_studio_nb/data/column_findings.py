@@ -6,10 +6,9 @@
 __all__ = ['roles_of', 'numbers_of', 'column_findings', 'target_findings']
 
 # %% ../../nbs/10_data/19k_column_findings.ipynb #b4d35a2b
-from collections.abc import Mapping, Sequence
 from typing import Any
 from .class_findings import name_variants
-from .columns import ColumnSummary, guess_role
+from .columns import guess_role
 from .findings import Finding
 from .report_rows import RowSet
 

@@ -8,7 +8,7 @@ __all__ = ['group_findings', 'guess_groups']
 # %% ../../nbs/10_data/19f_group_findings.ipynb #cbd9afdb
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from .findings import Finding
 
 # %% ../../nbs/10_data/19f_group_findings.ipynb #13b447f0

@@ -9,14 +9,14 @@ __all__ = ['picture_facts', 'draw_pairs', 'draw_sizes', 'image_report']
 from collections import Counter
 from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from ..common.pictures import image_grid, new_picture
 from .class_findings import class_findings, count_classes, draw_counts, in_order
 from .duplicates import duplicate_findings, look_alikes, same_groups
 from .findings import Finding, Report
 from .group_findings import group_findings, guess_groups
 from .image_files import read_image
-from .picture_facts import PictureFacts, THUMB, look_at_all, thumb_of
+from .picture_facts import PictureFacts, look_at_all, thumb_of
 from .picture_findings import picture_findings, strangeness
 from .picture_sets import PictureSet
 

@@ -46,7 +46,6 @@ _WHAT = {'L': 'grey', 'LA': 'grey and transparent', 'RGBA': 'transparent', 'P': 
 
 def _modes(facts, names):
     "Modes that are not those of most pictures; animations; pictures of one colour."
-    import numpy as np
     good = [i for i,o in enumerate(facts) if not o.reason]
     counts = Counter(facts[i].mode for i in good)
     usual = counts.most_common(1)[0][0] if counts else None

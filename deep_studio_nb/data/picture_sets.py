@@ -7,7 +7,7 @@ __all__ = ['PictureSet', 'list_pictures']
 
 # %% ../../nbs/10_data/19g_picture_sets.ipynb #e9518c92
 import os, unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -6,7 +6,7 @@
 __all__ = ['guess_columns', 'check_rows', 'check_data', 'report_of']
 
 # %% ../../nbs/10_data/19n_report.ipynb #9d33f7f0
-import copy, os, unicodedata
+import copy, re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,6 @@ def _names_images(tables):
 
 def _groups_of(groups, pics):
     "Group of each picture: what a pattern finds in its name."
-    import re
     if groups is None: return None
     try: found = [re.search(groups, o) for o in pics.names]
     except re.error as e: raise DataError(f"`group` is {groups!r}, which is no pattern: {e}.") from e

@@ -68,7 +68,8 @@ def _draw_column(ax, rows, column, role, splits):
         ax.set_yticks([])
     else:
         counts = Counter(o for o in rows.texts(column) if o is not None).most_common(6)
-        ax.barh([k[:12] for k,_ in counts], [n for _,n in counts], color='C7')
+        ax.barh(range(len(counts)), [n for _,n in counts], color='C7')
+        ax.set_yticks(range(len(counts)), [k[:12] for k,_ in counts])
         ax.invert_yaxis()
     ax.set_title(column[:24], size=8)
     ax.tick_params(labelsize=6)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from ..common.errors import DataError
 from ..common.pictures import new_picture
 from .class_findings import class_findings, count_classes, draw_counts, in_order
-from .csv_files import is_missing
 from .duplicates import duplicate_findings
 from .findings import Finding, Report
 from .group_findings import group_findings
