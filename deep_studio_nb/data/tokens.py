@@ -28,10 +28,12 @@ def _set_alone(text:str)->str:
     return _PIECES.sub(alone, text)
 
 # %% ../../nbs/10_data/14c_tokens.ipynb #7083930c
-_GONE = [*range(9), *range(14, 28), *range(0x7f, 0x85), *range(0x86, 0xa0), 0xad, 0x115f, 0x1160, 0x3164, 0xffa0, 0x200b, 0x200c, 0x200e, 0x200f,
+_GONE = [*range(9), *range(14, 28), *range(0x7f, 0xa0), 0xad, 0x115f, 0x1160, 0x3164, 0xffa0, 0x200b, 0x200c, 0x200e, 0x200f,
          *range(0x202a, 0x202f), *range(0x2060, 0x2070), 0xfe0e, 0xfe0f, 0xfeff]
 _HALF = {o: chr(int(unicodedata.decomposition(chr(o)).split()[1], 16)) for o in range(0xffa1, 0xffdd) if unicodedata.decomposition(chr(o))}
-_SPELLING = {**dict.fromkeys(_GONE), **{o: chr(o-0xfee0) for o in range(0xff01, 0xff5f)}, **_HALF}
+_WINDOWS = {o: s for o in range(0x80, 0xa0) if (s := bytes([o]).decode('cp1252', 'ignore'))}   # a Windows text that was read as Latin-1
+_QUOTES = {**dict.fromkeys('‘’ʼ\x91\x92', "'"), **dict.fromkeys('“”\x93\x94', '"'), **dict.fromkeys('…\x85', '...')}
+_SPELLING = {**dict.fromkeys(_GONE), **_WINDOWS, **{o: chr(o-0xfee0) for o in range(0xff01, 0xff5f)}, **_HALF, **{ord(k): v for k,v in _QUOTES.items()}}
 _ODD = re.compile(f"[{re.escape(''.join(map(chr, _SPELLING)))}]")
 _REPEATS = {n: re.compile(r'(\D)\1{%d,}' % n) for n in range(1, 11)}
 
