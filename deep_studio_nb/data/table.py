@@ -97,7 +97,7 @@ def fit(self:TableData,
     indices:Tensor|None=None # (n,) numbers of the samples to learn from; None for all
 )->'TableData': # The same samples, seen through what was learned
     "Learn scales, gaps and words from some samples."
-    if self._given: return self
+    if self._given or self.stage!='train' and self._code is not None: return self
     rows = self.rows if indices is None else self.rows[torch.as_tensor(indices, dtype=torch.long)]
     if not len(rows): raise DataError("There are no rows to learn from.")
     res,values = copy.copy(self),self._part.values
@@ -174,11 +174,12 @@ def facts(self:TableData)->dict[str,Any]: # See below
 # %% ../../nbs/10_data/14b_table.ipynb #2cbe41c7
 @patch
 def decode(self:TableData,
-    x:Tensor # (d,) features of a row; with "codes" its (k,) numbers
+    x:Tensor|tuple[Tensor,...] # (d,) features of a row; with "codes" its (k,) numbers, or both its numbers and (c,) codes
 )->str: # Such as "age 31, city 서울"
     "Write a row as a line of text."
-    code = self.code
-    cells = code.decode(x) if self.encode=='onehot' else type(code)(code.measures, 'onehot').decode(x)
+    code,inputs = self.code,x if isinstance(x, (tuple,list)) else (x,)
+    if len(inputs)==1 and self.encode=='codes': code = TableCode(code.measures)   # its numbers alone
+    cells = code.decode(*inputs)
     return ', '.join(f'{k} {v or "–"}' for k,v in cells.items())
 
 @patch

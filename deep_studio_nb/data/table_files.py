@@ -141,7 +141,11 @@ def _open_frame(self:TableFile):
 @patch
 def _open_parquet(self:TableFile):
     if not self.path.is_file(): raise DataError(f"`file` is `{self.path}`, which is not there (seen from {Path.cwd()}).")
-    return self._parquet().schema_arrow.names
+    return _fields(self._parquet())
+
+def _fields(file):
+    "Names of the columns, without the numbers of the rows that pandas keeps in one."
+    return [o for o in file.schema_arrow.names if not (o.startswith('__index_level_') and o.endswith('__'))]
 
 @patch
 def _parquet(self:TableFile):
@@ -156,7 +160,7 @@ def _frames(self:TableFile, picked):
         for i in range(0, len(self.source), self.chunk_rows): yield self.source.iloc[i:i+self.chunk_rows, picked]
     else:
         file = self._parquet()
-        names = [file.schema_arrow.names[k] for k in picked]
+        names = [_fields(file)[k] for k in picked]
         for o in file.iter_batches(self.chunk_rows, columns=names): yield o.select(names).to_pandas(ignore_metadata=True)
 
 # %% ../../nbs/10_data/11e_table_files.ipynb #247ddcaf
