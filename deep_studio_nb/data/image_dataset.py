@@ -21,7 +21,7 @@ from .image_files import BadFile, guess_mode, read_image
 from .image_pixels import read_pixels
 from .samples import BaseDataset
 from .tensors import name_target, target_facts
-from .transforms import ToTensor
+from .transforms import ToTensor, Transforms
 
 # %% ../../nbs/10_data/13_image_dataset.ipynb #4fb07c1b
 def _check_words(mode, on_bad):
@@ -33,7 +33,7 @@ def _check_words(mode, on_bad):
 class ImageDataset(BaseDataset):
     "Image files, each with its target."
     kind = 'image'
-    transforms = dict(train=ToTensor(), valid=ToTensor())
+    transforms = dict(train=Transforms([ToTensor()]), valid=Transforms([ToTensor()]))
     _splits = {}                   # The splits that the data comes with: name -> what `_read` needs to list it
     _per_sample = 'files','labels' # What there is one of for each sample
     _per_split = ()                # What else `_read` sets
@@ -50,7 +50,7 @@ class ImageDataset(BaseDataset):
         journal:str|None=None # Corrections of labels; None for `labels_journal.jsonl` in `data_dir`, "off" for none
     ):
         _check_words(mode, on_bad)
-        self.files,self.labels = [Path(o) for o in files],[tuple(o.tolist()) if isinstance(o, Tensor) and o.dim() else o for o in labels]
+        self.files,self.labels = [o if isinstance(o, Path) else Path(o) for o in files],[tuple(o.tolist()) if isinstance(o, Tensor) and o.dim() else o for o in labels]
         if len(self.files)!=len(self.labels): raise DataError(f"There are {len(self.labels)} `labels` for {len(self.files)} `files`: every file has one.")
         self.classes = None if classes is None else list(classes)
         self.data_dir,self.on_bad,self.journal,self._listed = Path(data_dir),on_bad,journal,{}
@@ -182,19 +182,20 @@ def _files_of(self:ImageDataset, i):
 
 @patch
 def check(self:ImageDataset,
-    limit:int|None=5000 # Check nothing where there are more files; None for no limit
+    limit:int|None=5000 # Check nothing where there are more samples; None for no limit
 )->list[BadFile]: # The files left out, and why
     "Decode every image and leave out those that cannot be read."
+    self._checked = limit,
+    if limit is not None and len(self)>limit: return self._unchecked()
     needed = [self._files_of(i) for i in range(len(self))]
-    paths,self._checked = list(dict.fromkeys(o for some in needed for o in some)),(limit,)
-    if limit is not None and len(paths)>limit: return self._unchecked(len(paths))
+    paths = list(dict.fromkeys(o for some in needed for o in some))
     bad = find_bad(paths)
     if bad: self._leave_out(bad, needed, _told(bad, len(paths), self.data_dir))
     return bad
 
 @patch
-def _unchecked(self:ImageDataset, n):
-    _log.info("`%s` has %s files, so they are not all decoded before the start: one that cannot be read is %s when it comes. Call `check(limit=None)` to look at all.", self.data_dir, f'{n:,}', 'left out' if self.on_bad=='skip' else 'an error')
+def _unchecked(self:ImageDataset):
+    _log.info("`%s` has %s images, so they are not all decoded before the start: one that cannot be read is %s when it comes. Call `check(limit=None)` to look at all.", self.data_dir, f'{len(self):,}', 'left out' if self.on_bad=='skip' else 'an error')
     return []
 
 @patch
