@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from ..common.errors import DataError
-from .cells import as_times, cell_texts, plain_cells, read_cells
+from .cells import as_times, written_cells, plain_cells, read_cells
 from .columns import Role
 from .table_files import TableFile
 
@@ -72,7 +72,7 @@ def _codes(cells, missing, known):
     "One chunk of words; `known` grows."
     import numpy as np
     kinds = list(dict.fromkeys(cells)) if isinstance(cells, list) else cells
-    texts = cell_texts(kinds, read_cells(kinds, missing)[1])
+    texts = written_cells(kinds, read_cells(kinds, missing)[1])
     codes = [-1 if o is None else known.setdefault(o, len(known)) for o in texts]
     if not isinstance(cells, list): return np.array(codes, dtype='int32')
     at = dict(zip(kinds, codes))

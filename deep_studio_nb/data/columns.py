@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 from ..common.errors import DataError, listed
 from ..common.tables import Table
-from .cells import DATE_FORMATS, as_times, cell_texts, date_formats, plain_cells, read_cells
+from .cells import DATE_FORMATS, as_times, written_cells, date_formats, plain_cells, read_cells
 from .table_files import TableFile
 
 # %% ../../nbs/10_data/13e_columns.ipynb #84a135f1
@@ -95,7 +95,7 @@ def _see_others(self:ColumnSummary, cells, lines, at):
 
 @patch
 def _count(self:ColumnSummary, cells, gaps):
-    seen = Counter(cell_texts(cells, gaps))
+    seen = Counter(written_cells(cells, gaps))
     del seen[None]
     self.counts.update(seen)
     self.many = len(self.counts)>_MANY
