@@ -7,7 +7,7 @@ __all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'is_hidden', 'list_images', 'convert_
            'find_bad']
 
 # %% ../../nbs/10_data/11_image_files.ipynb #4c445d17
-import os
+import os, re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +76,8 @@ def convert_image(
     return _upright(im).convert(mode)
 
 # %% ../../nbs/10_data/11_image_files.ipynb #2735f4d1
+_SIGNATURES = b'\x89PNG\r\n', b'\xff\xd8\xff', b'GIF8', b'RIFF', b'II*\0', b'MM\0*'   # how image files begin
+
 def _why(path, e):
     "Say in words why `path` cannot be read."
     from PIL import UnidentifiedImageError
@@ -86,8 +88,9 @@ def _why(path, e):
     if path.is_dir(): return 'it is a folder'
     if path.is_file() and not path.stat().st_size: return 'it is empty (0 bytes)'
     if isinstance(e, UnidentifiedImageError):
-        with path.open('rb') as f: return f'it is not an image, it begins with {f.read(12)!r}'
-    if isinstance(e, (DecompressionBombError, DecompressionBombWarning)): return f'it claims more pixels than are unpacked ({e})'
+        with path.open('rb') as f: start = f.read(12)
+        return 'it is damaged (its header cannot be read)' if start.startswith(_SIGNATURES) else f'it is not an image, it begins with {start!r}'
+    if isinstance(e, (DecompressionBombError,DecompressionBombWarning)): return f'it claims {" pixels, more than the ".join(f"{int(o):,}" for o in re.findall(r"[0-9]+", str(e)))} that are unpacked'
     return f'it is damaged ({str(e) or type(e).__name__})'
 
 def _unreadable(path, e):
