@@ -19,35 +19,28 @@ from .draws import uniforms
 from .image_files import convert_image
 from .transforms import ToTensor, Transforms
 
-# %% ../../nbs/10_data/12e_augment.ipynb #07badf37
-def _kernels():
-    from torchvision.transforms.v2 import functional
-    return functional
-
+# %% ../../nbs/10_data/12e_augment.ipynb #6ab00627
 def _plain_fill(step): return not isinstance(step.fill, dict)
-
-def _resize(step):
-    if step.size is None: return None
-    fn = partial(_kernels().resize_image, size=step.size, interpolation=step.interpolation, max_size=step.max_size, antialias=step.antialias)
-    return BatchKernel(step, fn, fixes=len(step.size)==2, alone=True)
-
-def _to_dtype(step):
-    if step.dtype is torch.float32: return BatchFloats([step])
-    if not isinstance(step.dtype, torch.dtype): return None
-    return BatchKernel(step, partial(_kernels().to_dtype_image, dtype=step.dtype, scale=step.scale))
-
-def _grey(x): return _kernels().rgb_to_grayscale_image(x, x.shape[0])
 
 def _warps(step): return _plain_fill(step) and getattr(step.interpolation, 'value', step.interpolation) in ('nearest','bilinear')
 
-_RANDOM = dict(
+_MOVING = dict(
     RandomHorizontalFlip=BatchFlip,
     RandomVerticalFlip=lambda s: BatchFlip(s, -2),
     RandomCrop=lambda s: BatchCrop(s) if _plain_fill(s) else None,
     RandomResizedCrop=BatchResizedCrop,
     RandomErasing=lambda s: None if s.value is None else BatchErase(s),
     RandomAffine=lambda s: BatchAffine(s) if _warps(s) else None,
-    RandomRotation=lambda s: BatchRotation(s) if _warps(s) and not s.expand else None,
+    RandomRotation=lambda s: BatchRotation(s) if _warps(s) and not s.expand else None)
+
+# %% ../../nbs/10_data/12e_augment.ipynb #feb852f3
+def _kernels():
+    from torchvision.transforms.v2 import functional
+    return functional
+
+def _grey(x): return _kernels().rgb_to_grayscale_image(x, x.shape[0])
+
+_COLOURS = dict(
     ColorJitter=BatchJitter,
     GaussianBlur=BatchBlur,
     RandomGrayscale=lambda s: BatchChosen(s, _grey),
@@ -58,6 +51,17 @@ _RANDOM = dict(
     RandomPosterize=lambda s: BatchChosen(s, partial(_kernels().posterize_image, bits=s.bits)),
     RandomAdjustSharpness=lambda s: BatchChosen(s, partial(_kernels().adjust_sharpness_image, sharpness_factor=s.sharpness_factor)))
 
+# %% ../../nbs/10_data/12e_augment.ipynb #f05cd570
+def _resize(step):
+    if step.size is None: return None
+    fn = partial(_kernels().resize_image, size=step.size, interpolation=step.interpolation, max_size=step.max_size, antialias=step.antialias)
+    return BatchKernel(step, fn, fixes=len(step.size)==2, alone=True)
+
+def _to_dtype(step):
+    if step.dtype is torch.float32: return BatchFloats([step])
+    if not isinstance(step.dtype, torch.dtype): return None
+    return BatchKernel(step, partial(_kernels().to_dtype_image, dtype=step.dtype, scale=step.scale))
+
 _FIXED = dict(
     Resize=_resize,
     CenterCrop=lambda s: BatchKernel(s, partial(_kernels().center_crop_image, output_size=s.size), fixes=True),
@@ -67,6 +71,7 @@ _FIXED = dict(
     Normalize=lambda s: BatchFloats([s]),
     ToImage=BatchStep, PILToTensor=BatchStep, Identity=BatchStep)
 
+# %% ../../nbs/10_data/12e_augment.ipynb #d63c1c2f
 def _of_torchvision(step): return type(step).__module__.startswith('torchvision.transforms.v2.')
 
 def batch_step(
@@ -74,10 +79,10 @@ def batch_step(
 )->BatchStep|None: # None where only single samples will do
     "Find what does the same as `step` for a batch."
     if type(step) is ToTensor: return BatchFloats([step])
-    make = {**_FIXED, **_RANDOM}.get(type(step).__name__) if _of_torchvision(step) else None
+    make = {**_MOVING, **_COLOURS, **_FIXED}.get(type(step).__name__) if _of_torchvision(step) else None
     return None if make is None else make(step)
 
-# %% ../../nbs/10_data/12e_augment.ipynb #0b8f6c21
+# %% ../../nbs/10_data/12e_augment.ipynb #96e873bd
 def _merged(steps):
     "Merge neighbours that make floats and normalise them."
     res = []
@@ -85,8 +90,6 @@ def _merged(steps):
         if res and isinstance(o, BatchFloats) and isinstance(res[-1], BatchFloats): res[-1] = BatchFloats([*res[-1].steps, *o.steps])
         else: res.append(o)
     return res
-
-_SMALL = 2**14   # numbers in a picture; to copy that many costs less than to take each step for every picture
 
 class BatchAugment:
     "Apply steps to a batch, each sample with its own draw."
@@ -97,29 +100,36 @@ class BatchAugment:
         self.n = sum(o.n for o in self.steps)
         self._loose = max((i+1 for i,o in enumerate(self.steps) if o.fixes), default=0)   # steps that pictures go through one by one
 
-    @property
-    def random(self)->bool:
-        "Whether the draws matter."
-        return self.n>0
+@patch(as_prop=True)
+def random(self:BatchAugment)->bool:
+    "Whether the draws matter."
+    return self.n>0
 
-    def __call__(self,
-        xs:Pixels, # (b, c, h, w), or b pictures (c, h, w) of any size; not written into
-        draws:Tensor|None=None # (b,) seeds of the samples; not needed without random steps
-    )->Pixels: # (b, c, h, w) floats; a list where the sizes differ
-        "Transform all pictures of a batch."
-        u,at = uniforms(draws, self.n) if self.n else None,0
-        for i,step in enumerate(self.steps):
-            if i==self._loose or not i and xs[0].numel()<=_SMALL: xs = stacked(xs)
-            drawn = step.params(u[:,at:at+step.n], sizes_of(xs)) if step.n else {}
-            xs,at = step.apply(xs, **drawn),at+step.n
-        return stacked(xs)
+@patch
+def __repr__(self:BatchAugment): return f'BatchAugment({", ".join(repr(o.step) for o in self.steps)})'
 
-    def __repr__(self): return f'BatchAugment({", ".join(repr(o.step) for o in self.steps)})'
+# %% ../../nbs/10_data/12e_augment.ipynb #937c64fb
+_SMALL = 2**14   # numbers in a picture
 
-# %% ../../nbs/10_data/12e_augment.ipynb #dbe6e8e3
+@patch
+def __call__(self:BatchAugment,
+    xs:Pixels, # (b, c, h, w), or b pictures (c, h, w) of any size; not written into
+    draws:Tensor|None=None # (b,) seeds of the samples; not needed without random steps
+)->Pixels: # (b, c, h, w) floats; a list where the sizes differ
+    "Transform all pictures of a batch."
+    u,at = uniforms(draws, self.n) if self.n else None,0
+    for i,step in enumerate(self.steps):
+        if i==self._loose or not i and xs[0].numel()<=_SMALL: xs = stacked(xs)
+        drawn = step.params(u[:,at:at+step.n], sizes_of(xs)) if step.n else {}
+        xs,at = step.apply(xs, **drawn),at+step.n
+    return stacked(xs)
+
+# %% ../../nbs/10_data/12e_augment.ipynb #6bea7c0c
 _BYTES = {'Resize','CenterCrop','Pad','Grayscale','ToImage','PILToTensor','Identity'}   # not random, and leave bytes bytes
+
 def _can_prepare(step): return _of_torchvision(step) and type(step).__name__ in _BYTES
 
+# %% ../../nbs/10_data/12e_augment.ipynb #257e06f4
 def _bytes(a):
     t = torch.from_numpy(a)
     return t[None] if t.dim()==2 else t.permute(2,0,1)
@@ -134,6 +144,7 @@ def _pixels(x, always):
     if not always: return x
     return _bytes(x) if isinstance(x, np.ndarray) and x.dtype==np.uint8 else ToTensor()(x)
 
+# %% ../../nbs/10_data/12e_augment.ipynb #3d6bbecd
 def _seen(x):
     "Make a picture of bytes (c, h, w), and a mask of bytes (h, w): what transforms expect to see."
     if not isinstance(x, Tensor) or x.dtype!=torch.uint8: return x
@@ -145,7 +156,7 @@ def _seen(x):
     x = x.permute(1,2,0).contiguous().numpy()
     return Image.fromarray(x[...,0] if x.shape[2]==1 else x)
 
-# %% ../../nbs/10_data/12e_augment.ipynb #d4d927ea
+# %% ../../nbs/10_data/12e_augment.ipynb #4335ddef
 class Plan:
     "Say how the transforms of a stage are carried out."
     def __init__(self,
@@ -162,30 +173,34 @@ class Plan:
         self.key = repr((self.before,self.pixels,self.at_least,joint))
         self._as_seen = not any(type(o).__name__ in ('ToImage','PILToTensor') for o in before)
 
-    def prepare(self,
-        x:Any, # Picture, or bytes (c, h, w)
-        *more:Any # What is transformed with it
-    )->Any: # Bytes (c, h, w), and those of `more`
-        "Do what is done once."
-        res = Transforms(self.before)(x, *more)
-        return tuple(_pixels(o, False) for o in res) if more else _pixels(res, self.batch is not None)
+# %% ../../nbs/10_data/12e_augment.ipynb #ec8acfb2
+@patch
+def prepare(self:Plan,
+    x:Any, # Picture, or bytes (c, h, w)
+    *more:Any # What is transformed with it
+)->Any: # Bytes (c, h, w), and those of `more`
+    "Do what is done once."
+    res = Transforms(self.before)(x, *more)
+    return tuple(_pixels(o, False) for o in res) if more else _pixels(res, self.batch is not None)
 
-    def finish(self,
-        x:Any, # What `prepare` gave
-        *more:Any # As `prepare` gave it
-    )->Any: # What the transforms make of it
-        "Do the rest for one sample."
-        return Transforms(self.rest)(*(map(_seen, (x, *more)) if self._as_seen else (x, *more)))
+@patch
+def finish(self:Plan,
+    x:Any, # What `prepare` gave
+    *more:Any # As `prepare` gave it
+)->Any: # What the transforms make of it
+    "Do the rest for one sample."
+    return Transforms(self.rest)(*(map(_seen, (x, *more)) if self._as_seen else (x, *more)))
 
-# %% ../../nbs/10_data/12e_augment.ipynb #642cc88c
+# %% ../../nbs/10_data/12e_augment.ipynb #282d923a
 def _needed(before, rest):
     "Find how many pixels the shorter side of a picture must keep; None for all."
     first = next((o for o in [*before, *rest] if type(o).__name__ not in ('ToImage','PILToTensor','Identity')), None)
     if first is None or not _of_torchvision(first): return None
     if type(first).__name__=='Resize' and first.size is not None and first.max_size is None: return 2*max(first.size)
-    if type(first).__name__!='RandomResizedCrop': return None
+    if type(first).__name__!='RandomResizedCrop' or not first.scale[0]: return None
     return int(max(first.size)/(first.scale[0]*min(first.ratio[0], 1/first.ratio[1]))**0.5) + 1
 
+# %% ../../nbs/10_data/12e_augment.ipynb #a857549d
 def _flat(steps):
     "List the steps within `steps`, those in a `Compose` one by one."
     for o in steps:
