@@ -98,7 +98,7 @@ def _one(cell:str, task:str, index:dict, label_sep:str|None)->Tensor|str:
 # %% ../../nbs/10_data/14f_target_column.ipynb #648c0504
 @patch
 def encoded(self:TargetColumn,
-    rows:Sequence[int], # Rows that are wanted; none of them without a cell
+    rows:Sequence[int], # Rows that are wanted
     task:str, # "classes", "labels" or "number"
     classes:Sequence[str], # Names of the labels 0, 1, ...
     label_sep:str|None, # What stands between the labels of a cell
@@ -106,6 +106,7 @@ def encoded(self:TargetColumn,
 )->Tensor: # (n,) labels, (n, k) zeros and ones, or (n, 1) numbers
     "Make the targets of `rows`."
     codes = np.asarray(self.codes)[np.asarray(rows, dtype=int)]
+    if (codes<0).any(): raise DataError(f"{where(int(rows[int((codes<0).argmax())]))} has no target.")
     index,table = {o: i for i,o in enumerate(classes)},{}
     cells = self.found()
     for code in np.unique(codes):

@@ -69,6 +69,7 @@ class TextFile(TextSamples):
         self.data_dir = Path(file).parent if isinstance(file, (str,Path)) else None
         self.clean = partial(normalize_text, lower=lower, squeeze=squeeze)
         self._open = partial(TableFile, header=header, names=names, sep=sep, encoding=encoding, quoting=quoting)
+        self._predicts = bool(known)   # every row of new texts wants a prediction
         self._files,self._seen = {k: v for k,v in dict(valid=valid_file, test=test_file).items() if v is not None},{}
         self._begin(tokens, check_task(task), classes, max_length, known, dict(min_count=min_count, max_words=max_words))
         if split!=self.stage: self._become(split)
@@ -81,12 +82,23 @@ def _begin(self:TextFile, tokens, task, classes, max_length, fitted, limits):
     source = self._read(self.file, tokens, self.split_column, bool(fitted))
     self.task = fitted.get('task') or (None if source.cells is None else task if task!='auto' else guess_task(source.cells.found(), self.label_sep))
     if self.task=='labels' and not self.label_sep: raise DataError("`task` is \"labels\", so `label_sep` has to say what stands between the labels of a cell, such as \";\".")
+    if fitted: self._set_aside(source, fitted.get('classes') if classes is None else classes)
     self._groups,self._sources = self._usable(source),dict(train=source)
     first = 'train' if 'train' in self._groups else next(iter(self._groups))
     self.classes = list(classes) if classes is not None else fitted.get('classes') if fitted else self._classes_of(source, self._groups[first])
     self._become(first)
     super(TextFile, self).__init__(self.source, self.rows, self.y, self.task, self.classes, self.clean, max_length, limits, fitted)
     self._tell()
+
+@patch
+def _set_aside(self:TextFile, source, classes):
+    "Do without the targets of new texts when not every row has one that training knows: all rows stay."
+    if source.cells is None: return
+    try: source.cells.encoded(range(len(source)), self.task, classes or (), self.label_sep, source.where)
+    except DataError as e: why = str(e)
+    else: return
+    _log.warning("The targets in `%s` are set aside: %s", source.table.name, why)
+    source.cells = None
 
 @patch
 def _tell(self:TextFile):
@@ -116,7 +128,7 @@ def _read(self:TextFile, file, tokens, split_column=None, optional=False):
 @patch
 def _usable(self:TextFile, source):
     "Rows of each split of `source`, without those that cannot be used."
-    keep = source.usable(self.task, self.on_bad)
+    keep = torch.arange(len(source)) if self._predicts else source.usable(self.task, self.on_bad)
     if source.left_out: _log.warning("%s of %s rows of `%s` are left out, for example %s (%s).", f'{len(source.left_out):,}', f'{len(source):,}', source.table.name, *next(iter(source.left_out.items())))
     return {k: v[torch.isin(v, keep)] for k,v in source.by_split().items()}
 
