@@ -69,7 +69,7 @@ def _class_weights_of(weights, classes, k):
         for name in given:
             if name not in names: raise DataError(f"`weights` names the class {name!r}{did_you_mean(name, names) or '.'} The classes are {listed(names)}.")
         weights = [given.get(o, 1.) for o in names]
-    elif weights is None or isinstance(weights, (str,int,float)): raise DataError(f"`weights` is {weights!r}. With `sampling` \"weighted\" it says how many times as often a sample of a class comes, as in {{{names[-1]}: 5}}.")
+    elif weights is None or isinstance(weights, (str,int,float)): raise DataError(f"`weights` is {weights!r}. With `sampling` \"weighted\" it says how many times as often a sample of a class comes, as in {{\"{names[-1]}\": 5}}.")
     w = torch.as_tensor(weights, dtype=torch.double)
     if len(w)!=k: raise DataError(f"`weights` has {len(w)} entries for {k} classes ({listed(names)}). Give one for each, or a mapping with those that differ from 1.")
     if not bool((w>=0).all() and w.isfinite().all() and w.sum()>0): raise DataError(f"`weights` are {w.tolist()}. They are at least 0, and not all 0.")
