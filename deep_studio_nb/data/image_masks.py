@@ -100,7 +100,7 @@ def _read(self:ImageMasks, split):
         if odd: _log.warning("%s They are left out.", text)
     self.files,self.labels = (list(o) for o in zip(*pairs))
 
-# %% ../../nbs/10_data/13c_image_masks.ipynb #e55ceb24
+# %% ../../nbs/10_data/13c_image_masks.ipynb #841e0bf3
 @patch
 def numbers(self:ImageMasks,
     i:int # Number of the sample, from 0
@@ -111,6 +111,7 @@ def numbers(self:ImageMasks,
     union = read_union(path)
     return torch.from_numpy(to_numbers(union*self._values.values[-1], self._values, path[0]))
 
+# %% ../../nbs/10_data/13c_image_masks.ipynb #0ed276b0
 @patch
 def _mask_file(self:ImageMasks, i):
     path = self.labels[i]
@@ -173,7 +174,7 @@ def _files_of(self:ImageMasks, i):
     masks = self.labels[i]
     return (self.files[i], *(masks if isinstance(masks, tuple) else (masks,)))
 
-# %% ../../nbs/10_data/13c_image_masks.ipynb #4b22280a
+# %% ../../nbs/10_data/13c_image_masks.ipynb #cb9d4e7b
 def _looked_at(path, classes):
     "What is wrong with the mask at `path`, or None, and its width and height."
     try: mask = to_numbers(mask_values(path, classes.colors), classes, path)
@@ -189,6 +190,7 @@ def _masks_seen(self:ImageMasks):
         except Unreadable as e: return [e.reason,0,0]
     return of_all(len(self), union)
 
+# %% ../../nbs/10_data/13c_image_masks.ipynb #b1333186
 @patch
 def check(self:ImageMasks,
     limit:int|None=5000 # Check nothing where there are more files; None for no limit

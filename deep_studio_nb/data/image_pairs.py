@@ -62,7 +62,7 @@ class ImagePairs(ImageDataset):
         self._choose_modes(mode)
         self.transforms = {k: self._damaging(v) for k,v in self.transforms.items()}
 
-# %% ../../nbs/10_data/13d_image_pairs.ipynb #626166d2
+# %% ../../nbs/10_data/13d_image_pairs.ipynb #0652dbe9
 @patch
 def _find_splits(self:ImagePairs):
     "What `_read` needs for each split: two folders, or the one of the targets."
@@ -85,6 +85,7 @@ def _read(self:ImagePairs, split):
     if not pairs: raise DataError(f"There are no images in `{where[0]}`.")
     self.files,self.labels = (list(o) for o in zip(*pairs))
 
+# %% ../../nbs/10_data/13d_image_pairs.ipynb #b2fcf067
 @patch
 def _choose_modes(self:ImagePairs, mode):
     "Set the modes of inputs and targets, which training decides."

@@ -20,7 +20,7 @@ from .transforms import IGNORED
 if TYPE_CHECKING: from numpy import ndarray
 else: ndarray = 'ndarray'   # the documentation evaluates annotations
 
-# %% ../../nbs/10_data/12h_mask_files.ipynb #9608a48c
+# %% ../../nbs/10_data/12h_mask_files.ipynb #2220e395
 def _values(im):
     "Values of mask `im`: (h, w) numbers, or (h, w, 3) where it has colours."
     import numpy as np
@@ -33,6 +33,7 @@ def _values(im):
         a = a.astype(np.int64)
     return a.astype(np.uint8) if a.dtype==bool else a
 
+# %% ../../nbs/10_data/12h_mask_files.ipynb #369bce4b
 def mask_values(
     path:str|Path, # A mask file
     colors:bool=False # Whether the colours of a palette count, not its numbers
@@ -50,19 +51,7 @@ def _bad_mask(path, e):
     except DataError as why: return Unreadable(str(why), path, getattr(why, 'reason', '') or str(why))
     return Unreadable(f"The mask `{path}` cannot be read: {e}.", path, str(e))
 
-# %% ../../nbs/10_data/12h_mask_files.ipynb #baac4f1e
-def _pack(values):
-    "One number a pixel, colours included."
-    import numpy as np
-    a = np.asarray(values)
-    if a.ndim<3: return a.astype(np.int64)
-    a = a.astype(np.int64)
-    return (a[...,0]<<16) | (a[...,1]<<8) | a[...,2]
-
-def _code(value):
-    "The packed number of `value`, a number or a colour."
-    return (value[0]<<16) | (value[1]<<8) | value[2] if isinstance(value, (tuple,list)) else int(value)
-
+# %% ../../nbs/10_data/12h_mask_files.ipynb #f843db81
 @dataclass(frozen=True)
 class MaskClasses:
     "Which value in the files is which class."
@@ -75,7 +64,30 @@ class MaskClasses:
         "Whether the classes are told by colours."
         return isinstance(self.values[0], tuple)
 
-# %% ../../nbs/10_data/12h_mask_files.ipynb #754f70fc
+# %% ../../nbs/10_data/12h_mask_files.ipynb #e8331331
+def _pack(values):
+    "One number a pixel, colours included."
+    import numpy as np
+    a = np.asarray(values)
+    if a.ndim<3: return a.astype(np.int64)
+    a = a.astype(np.int64)
+    return (a[...,0]<<16) | (a[...,1]<<8) | a[...,2]
+
+def _code(value):
+    "The packed number of `value`, a number or a colour."
+    return (value[0]<<16) | (value[1]<<8) | value[2] if isinstance(value, (tuple,list)) else int(value)
+
+def _look_up(packed, classes):
+    "Class numbers of `packed` values, and which of them are none."
+    import numpy as np
+    codes,numbers = [_code(o) for o in classes.values],list(range(len(classes.values)))
+    if classes.ignore is not None: codes,numbers = [*codes,_code(classes.ignore)],[*numbers,IGNORED]
+    order = np.argsort(codes)
+    ranked,numbers = np.array(codes)[order],np.array(numbers, np.uint8)[order]
+    at = np.searchsorted(ranked, packed).clip(max=len(codes)-1)
+    return numbers[at],ranked[at]!=packed
+
+# %% ../../nbs/10_data/12h_mask_files.ipynb #be1e783d
 def _odd(packed, unknown, colored):
     "Say which values of `packed` are no class."
     found = Counter(packed[unknown].tolist()).most_common(4)
@@ -99,16 +111,6 @@ def to_numbers(
         why = _odd(packed, unknown, classes.colors)
         raise Unreadable(f"The mask `{path}` cannot be used: {why}. The classes are {_told(classes)}. Was it scaled smoothly or saved as JPEG? Masks keep their values as PNG.", path, why)
     return numbers
-
-def _look_up(packed, classes):
-    "Class numbers of `packed` values, and which of them are none."
-    import numpy as np
-    codes,numbers = [_code(o) for o in classes.values],list(range(len(classes.values)))
-    if classes.ignore is not None: codes,numbers = [*codes,_code(classes.ignore)],[*numbers,IGNORED]
-    order = np.argsort(codes)
-    ranked,numbers = np.array(codes)[order],np.array(numbers, np.uint8)[order]
-    at = np.searchsorted(ranked, packed).clip(max=len(codes)-1)
-    return numbers[at],ranked[at]!=packed
 
 def _told(c):
     "List the classes with their values, for a message."

@@ -105,7 +105,7 @@ def pair_files(
     second = [] if one==two else [o for o in targets.values() if o not in used]
     return Paired([(o,t) for o,t in wanted.items() if t is not None], first, second)
 
-# %% ../../nbs/10_data/13b_pairing.ipynb #db35be7b
+# %% ../../nbs/10_data/13b_pairing.ipynb #40475218
 def _guess(first, second):
     "The pattern by which names of `second` are made of names of `first`, or None."
     stems = {o.stem for o in first}
@@ -116,6 +116,7 @@ def _guess(first, second):
         if sum(pattern.replace('{stem}', s) in {t.stem for t in second} for s in stems)*2>len(stems): return pattern
     return None
 
+# %% ../../nbs/10_data/13b_pairing.ipynb #9647aae8
 def settle(
     found:Paired, # What was found
     on_bad:str, # What to do with files that are alone: "skip" or "raise"
