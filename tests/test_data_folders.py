@@ -8,7 +8,8 @@ from PIL import Image
 
 from deep_studio_nb.common.errors import DataError
 from deep_studio_nb.data.digits import Digits
-from deep_studio_nb.data.image_files import find_bad, read_image
+from deep_studio_nb.data.bad_files import find_bad
+from deep_studio_nb.data.image_files import read_image
 from deep_studio_nb.data.image_folder import ImageFolder
 from deep_studio_nb.data.loaders import BaseDataLoader
 

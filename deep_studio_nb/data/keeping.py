@@ -104,7 +104,10 @@ def make_cache(
     size = min(room.at(where), need*5//4 + 2**16)
     room.left[where] -= size
     _log.log(20 if need>=10**8 else 10, "Prepared samples for %s are kept %s from the first epoch on: about %s for %s of them, at most %s.", dataset.stage, dict(memory='in memory', disk='on the disk')[where], _gb(need), f'{len(dataset):,}', _gb(size))
-    return PixelCache(len(dataset), size, where, _folder(where), dataset.plan.key, method)
+    try: return PixelCache(len(dataset), size, where, _folder(where), dataset.plan.key, method)
+    except DataError as e:
+        if cache!='auto': raise
+        return _log.warning("%s Nothing is kept.", e)
 
 # %% ../../nbs/10_data/18c_keeping.ipynb #0b9dff80
 STARTS = 'auto','threads','fork','spawn','forkserver'
