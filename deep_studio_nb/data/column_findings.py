@@ -64,13 +64,13 @@ def _stand_ins(s):
         if far and len(rest)>4 and numbers[v]>=max(3, 0.005*s.values): return v,numbers[v]
 
 # %% ../../nbs/10_data/19k_column_findings.ipynb #d21074ce
-def _odd_cells(rows, split, roles):
+def _odd_cells(rows, split, roles, target):
     "Numbers and words that stand for no value; categories that may be the same."
     ins,holes,same = {},{},{}
     for o,(role,_) in roles.items():
         s = rows.seen[split][o]
         if role=='number' and (v := _stand_ins(s)): ins[o] = f'{v[0]:g} in {v[1]:,} rows'
-        if role!='category': continue
+        if role!='category' or o==target: continue
         words = [k for k in s.counts if str(k).strip().lower() in _HOLES]
         if words: holes[o] = ', '.join(f'{k!r} in {s.counts[k]:,} rows' for k in words)
         raw = [k for k in rows.words[o] if k is not None]
@@ -123,7 +123,7 @@ def column_findings(
     "Check the columns of a table."
     if not len(rows): return []
     split,roles = next(iter(rows.seen)),roles_of(rows)
-    return [*_mixed_cells(rows, split, roles, target), *_useless(roles, target), *_gaps(rows, target), *_odd_cells(rows, split, roles), *_outliers(rows, split, roles), *_between_splits(rows, roles, target)]
+    return [*_mixed_cells(rows, split, roles, target), *_useless(roles, target), *_gaps(rows, target), *_odd_cells(rows, split, roles, target), *_outliers(rows, split, roles), *_between_splits(rows, roles, target)]
 
 # %% ../../nbs/10_data/19k_column_findings.ipynb #2961ba74
 def _decides(codes, target):

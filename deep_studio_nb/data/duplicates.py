@@ -44,8 +44,10 @@ def _contradictions(groups, names, labels, noun, level):
                     'Only one label can be right: correct the others with `deep-studio data relabel`, or drop them.')]
 
 # %% ../../nbs/10_data/19d_duplicates.ipynb #93ee7721
-def _copies(groups, names, splits, noun, n):
-    inside = [[i for i in o if splits[i]==s] for o in groups for s in _sides(o, splits)]
+def _copies(groups, names, splits, labels, noun, n):
+    "Copies of one label within a split; those with other labels are contradictions."
+    of = splits if labels is None else list(zip(splits, labels))
+    inside = [[i for i in o if of[i]==s] for o in groups for s in _sides(o, of)]
     inside = [o for o in inside if len(o)>1]
     extra = sum(len(o)-1 for o in inside)
     if not extra: return []
@@ -63,7 +65,7 @@ def duplicate_findings(
     "Find equal samples and say what that means."
     groups = same_groups(keys)
     return [*_leaks(groups, names, splits, noun), *(_contradictions(groups, names, labels, noun, level) if labels is not None else []),
-            *_copies(groups, names, splits, noun, len(keys))]
+            *_copies(groups, names, splits, labels, noun, len(keys))]
 
 # %% ../../nbs/10_data/19d_duplicates.ipynb #1629c13a
 def _greys(thumbs):

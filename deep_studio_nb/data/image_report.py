@@ -86,8 +86,8 @@ def draw_sizes(
         if counts: ax.scatter(*zip(*counts), s=[min(8+3*n, 200) for n in counts.values()], alpha=0.5, label=split, color=f'C{k}', edgecolors='none')
     ax.set_xlabel('width, pixels', size=8)
     ax.set_ylabel('height, pixels', size=8)
-    ax.set_xlim(0)
-    ax.set_ylim(0)
+    ax.set_xlim(0, 1.08*max((o.width for o in facts), default=1))
+    ax.set_ylim(0, 1.08*max((o.height for o in facts), default=1))
     ax.legend(fontsize=8, frameon=False)
     return fig
 

@@ -74,7 +74,7 @@ def _class_folders(root): return sorted((o for o in root.iterdir() if o.is_dir()
 def _split_folders(folder):
     "Splits of `folder`, and what is wrong with them."
     try: return find_splits(folder) or dict(train=folder),[]
-    except DataError as e: return dict(train=folder),[Finding('error', 'splits', str(e))]
+    except DataError as e: return dict(train=folder),[Finding('error', 'splits', str(e), '', 1, (), 'A dataset refuses the folder until then.')]
 
 def list_pictures(
     folder:str|Path # With class folders, or train, valid and test folders that hold them

@@ -224,7 +224,7 @@ def report_of(
     if first.kind!='image':
         rows = _rows_of(parts)
         if isinstance(first, TextSamples): return text_report(rows, 'text', 'target' if 'target' in rows.columns else None)
-        target = first.target if isinstance(first, TableData) else 'target'
+        target = first.facts()['target_name'] if isinstance(first, TableData) else 'target'
         return table_report(rows, target if target in rows.columns else None)
     pics = _pictures_of(parts)
     if first.joint: pics.findings += _pair_problems(parts)
