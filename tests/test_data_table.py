@@ -284,6 +284,14 @@ def test_fitted_is_plain_data_and_enough_for_new_rows(files, encode):
     with pytest.raises(DataError, match='is not what `fitted'): TableData(df, fitted={'x': 1})
 
 
+def test_new_rows_with_unseen_words_are_told(files, caplog):
+    folder, df = files
+    learned = TableData(folder/'all.csv', 'left').fitted()
+    df.assign(city='여수').iloc[:7].to_csv(folder/'new.csv', index=False)
+    whole(TableData(folder/'new.csv', fitted=learned))
+    assert '`new.csv`: 7 of 7 rows have a value of `city` that training does not know (`여수`)' in caplog.text
+
+
 def test_a_test_file_may_lack_the_target(files):
     folder, df = files
     df.iloc[90:].drop(columns='left').to_csv(folder/'test.csv', index=False)

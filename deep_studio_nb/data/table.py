@@ -63,7 +63,7 @@ class TableData(RowSamples):
     ):
         self.encode,self.max_categories = check_encoding(encode),max_categories
         parts = TableParts(dict(train=file, valid=valid_file, test=test_file), dict(header=header, names=names, sep=sep, encoding=encoding, quoting=quoting), missing, split_column, id_column)
-        self._state,self._seen,self._given = {},{},fitted is not None
+        self._state,self._seen,self._once,self._given = {},{},{},fitted is not None   # shared by copies
         lists = dict(numbers=numbers, categories=categories, dates=dates, drop=drop)
         code = _decide(parts, target, task, classes, unit, lists) if fitted is None else self._restore(parts, fitted)
         super().__init__(parts, code, journal)
@@ -116,7 +116,11 @@ def _warn_absent(code, y, all_rows, rows):
 @patch
 def learn_once(self:TableData)->None:
     "Learn from all own rows, unless that was done."
-    if self._code is None: self.__dict__.update(self.fit().__dict__)
+    if self._code is not None: return
+    if not self._once:
+        res = self.fit()
+        self._once.update({k: getattr(res, k) for k in ('_code','target_code','_state','_seen')})
+    self.__dict__.update(self._once)
 
 @patch(as_prop=True)
 def code(self:TableData)->TableCode:
@@ -132,15 +136,16 @@ def _encoded(self:TableData):
     at,values = self._parts.source(self._split),self._part.values
     if at not in self._state: self._state[at] = code.arrange(values)
     if (y := (self._split,id(self._part))) not in self._state: self._state[y] = self._parts.target_of(self._part, self.target_code),self._part
-    if self._split!='train' and self._split not in self._seen: self._tell_unseen()
+    if (self._given or self._split!='train') and self._split not in self._seen: self._tell_unseen()
     return self._state[at],self._state[y][0]
 
 @patch
 def _tell_unseen(self:TableData):
-    "Say which words of this split training does not know."
+    "Say which words of these rows training does not know."
+    where = f'`{self._part.values.table.name}`' if self._given else f'{self._split} split'
     self._seen[self._split] = found = self.code.unseen(self._part.values, self._part.rows)
     for k,words in found.items():
-        _log.warning("%s split: %d of %d rows have a value of `%s` that training does not know (%s). They count as \"other\".", self._split, sum(words.values()), len(self._part.rows), k, listed(words, 4))
+        _log.warning("%s: %d of %d rows have a value of `%s` that training does not know (%s). They count as \"other\".", where, sum(words.values()), len(self._part.rows), k, listed(words, 4))
 
 @patch
 def gather(self:TableData,
