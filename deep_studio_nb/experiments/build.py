@@ -16,7 +16,8 @@ from ..common.randomness import seeded
 from ..common.registry import DATASETS, LOADERS, TRAINERS
 from ..data.plain_datasets import as_dataset
 from ..data.samples import BaseDataset
-from ..data.presets import transforms_for
+from ..data.transforms import build_transforms
+from ..data.presets import lists_for
 from .run_data import Splits
 from ..models.interface import create_model
 from ..training.base_trainer import BaseTrainer
@@ -34,23 +35,25 @@ def learn_names():
 # %% ../../nbs/50_experiments/53_build.ipynb #a010353d
 def build_dataset(
     cfg:Config # A checked config
-) -> Dataset|None: # The training dataset with its transforms, or None when the loader brings its own
+) -> tuple[Dataset|None,dict]: # The training dataset with its transforms, or None when the loader brings its own; and the lists of transforms by stage
     "Make the dataset of a config."
-    if not cfg.get('dataset'): return None
-    dataset,lists = cfg.init_obj('dataset', DATASETS),cfg.get('transforms') or {}
-    if not isinstance(dataset, BaseDataset) and not lists: return dataset
+    if not cfg.get('dataset'): return None,{}
+    dataset,specs = cfg.init_obj('dataset', DATASETS),cfg.get('transforms') or {}
+    if not isinstance(dataset, BaseDataset) and not specs: return dataset,{}
     dataset = as_dataset(dataset)
     dataset.check()
-    return dataset.with_transforms(transforms_for(dataset, lists))
+    lists = lists_for(dataset, specs)
+    return dataset.with_transforms(build_transforms(lists, dataset.kind)),lists
 
 # %% ../../nbs/50_experiments/53_build.ipynb #63eb43e6
 def build_data(
     cfg:Config # A checked config
 ) -> Splits: # Loaders of the splits that there are
     "Make the dataset and the loaders of a config."
-    train = cfg.init_data_loader('data_loader', LOADERS, dataset=build_dataset(cfg), facts=dict(seed=cfg['seed']))
+    dataset,lists = build_dataset(cfg)
+    train = cfg.init_data_loader('data_loader', LOADERS, dataset=dataset, facts=dict(seed=cfg['seed']))
     ask = lambda name: getattr(train, name)() if hasattr(train, name) else None
-    return Splits(train, ask('split_validation'), ask('split_test'), ask('facts') or {})
+    return Splits(train, ask('split_validation'), ask('split_test'), ask('facts') or {}, lists)
 
 # %% ../../nbs/50_experiments/53_build.ipynb #7281b7e6
 def build_model(
@@ -72,6 +75,6 @@ def build_trainer(
     kind = TRAINERS.get(opts['type']) if opts.get('type') else Trainer
     parts = dict(loss=cfg.get('loss'), metrics=cfg.get('metrics') or (), optimizer=cfg.get('optimizer'), scheduler=cfg.get('lr_scheduler'))
     rules = {k: opts[k] for k in ('epochs','monitor','early_stop','save_period','log_step') if opts.get(k) is not None}
-    meta = dict(config=cfg.data, classes=data.classes, facts=data.facts, fitted=data.fitted())
+    meta = dict(config=cfg.data, classes=data.classes, facts=data.facts, fitted=data.fitted(), transforms=data.lists)
     return kind(model, data.train, data.valid, device=device, seed=cfg['seed'], callbacks=cfg.get('callbacks') or (),
                 meta=meta, **parts, **rules, **(opts.get('args') or {}))

@@ -8,6 +8,7 @@ __all__ = ['expand_files']
 # %% ../../nbs/50_experiments/55a_predict.ipynb #cfa2200f
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from ..common.arguments import split_spec
 from ..common.errors import DataError, listed
@@ -53,21 +54,48 @@ def _said(self:Trained, ids, preds):
     "Put what the model said into rows."
     return Evaluation(Metrics(), ids, joined(preds) if preds else torch.empty(0), None, self.classes, 'files', self.facts.get('task'))
 
-# %% ../../nbs/50_experiments/55a_predict.ipynb #cbaa832d
+# %% ../../nbs/50_experiments/55a_predict.ipynb #3a03c89a
+_CROPS = ('CenterCrop','RandomCrop','RandomResizedCrop','FiveCrop','TenCrop')
+
+@patch(as_prop=True)
+def _dense(self:Trained): return self.facts.get('task') in ('mask','image')
+
+@patch
+def _as_in_training(self:Trained):
+    "What has to happen to the pixels of a file."
+    steps = self.lists.get('valid') or []
+    if self._dense: steps = [o for o in steps if split_spec(o)[0] not in _CROPS]
+    return build_transforms({'valid': steps}, 'image')['valid']
+
+@patch
+def _read(self:Trained, path):
+    "The picture in a file, in the size that the answer shall have."
+    im,scale = read_image(path, self.facts['mode']),self.facts.get('scale', 1)
+    return im if scale==1 else im.resize((im.width*scale,im.height*scale), 3)   # 3: bicubic
+
+# %% ../../nbs/50_experiments/55a_predict.ipynb #aabf4cf0
 @patch
 def _predict_images(self:Trained, files, batch_size):
     "Predict image files, and say which ones were left out."
     found,bad = expand_files(files)
     if not found and not bad: raise DataError(f'There is no image to predict in {listed(map(str, files))}. Name image files, or folders that hold some.')
-    transform = build_transforms(self.cfg.get('transforms') or {}, 'image').get('valid')
-    ids,preds,batch = [],[],[]
+    transform,ids,preds,batch = self._as_in_training(),[],[],[]
     for path in found:
-        try: batch.append(transform(read_image(path, self.facts['mode'])))
+        try: im = self._read(path)
         except DataError as e: bad += find_bad([path]) or [BadFile(path, str(e))]; continue
         ids.append(str(path))
+        if self._dense: preds.append(self._in_size(transform(im), im.size)); continue
+        batch.append(transform(im))
         if len(batch)==batch_size: preds += self._outputs(batch); batch = []
     if batch: preds += self._outputs(batch)
     return self._said(ids, preds),bad
+
+@patch
+def _in_size(self:Trained, x, size):
+    "The answer for one picture, stretched to `size`, its width and height."
+    with torch.no_grad(): preds = forward_test(self.model, (x[None].to(self.device),None))
+    if preds.shape[2:]!=size[::-1]: preds = F.interpolate(preds, size[::-1], mode='bilinear', align_corners=False, antialias=False)
+    return kept(self.facts['task'], preds)
 
 # %% ../../nbs/50_experiments/55a_predict.ipynb #3ca56773
 _ONLY_TRAINING = ('valid_file','test_file','split_column')

@@ -26,6 +26,7 @@ class Splits:
     valid:Iterable|None=None # Batches for validation, in a fixed order
     test:Iterable|None=None # Batches for the test, in a fixed order
     facts:dict=field(default_factory=dict) # What models may ask for: `num_classes`, `in_channels` ...
+    lists:dict=field(default_factory=dict) # Stage -> names and specs of its transforms
 
 # %% ../../nbs/50_experiments/52a_run_data.ipynb #8b71abd2
 @patch(as_prop=True)

@@ -35,6 +35,7 @@ class Trained:
     run:RunFolder|None=None # The run it belongs to
     epoch:int=0 # Epochs that had been trained
     fitted:dict=field(default_factory=dict) # What the data had learned before: means, categories, a vocabulary
+    lists:dict=field(default_factory=dict) # Stage -> names and specs of the transforms in training
 
 # %% ../../nbs/50_experiments/55_trained.ipynb #d6d2df2c
 @patch(as_prop=True)
@@ -68,7 +69,7 @@ def load_trained(
     model = create_model(cfg['arch'], facts=meta['facts'])
     load_model_state(model, state['model'])
     where = pick_device(device)
-    return Trained(model.to(where).eval(), cfg, meta['facts'], meta['classes'], where, path, run, state['epoch'], meta.get('fitted') or {})
+    return Trained(model.to(where).eval(), cfg, meta['facts'], meta['classes'], where, path, run, state['epoch'], meta.get('fitted') or {}, meta.get('transforms') or {})
 
 # %% ../../nbs/50_experiments/55_trained.ipynb #a49ec290
 @patch

@@ -55,6 +55,8 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(nn.Sequential(conv_block(n, m, stride=2), conv_block(m, m)) for n,m in zip(widths, widths[1:]))
         self.up = nn.ModuleList(UpBlock(m, n, n) for n,m in reversed(list(zip(widths, widths[1:]))))
         self.head = nn.Conv2d(width, self.outputs, 1)
+        if residual:
+            for o in (self.head.weight,self.head.bias): nn.init.zeros_(o)   # the first answer is the input itself
 
     def forward(self,
         x:Tensor # (b, in_channels, h, w) pictures
