@@ -79,6 +79,11 @@ def test_mixed_types_name_the_line_and_the_ways_out(tmp_path):
     assert TableData(tmp_path/'m.csv', 'y', categories=['age']).facts()['in_features'] == 20
 
 
+def test_numbers_with_commas_are_not_dropped_in_silence(tmp_path):
+    (tmp_path/'m.csv').write_text('price,y\n' + ''.join(f'"{i+1},{i:03}",{"ab"[i%2]}\n' for i in range(20)))
+    with pytest.raises(DataError, match='line 2 of `m.csv` holds `1,000`.*A number is written without commas for thousands'): TableData(tmp_path/'m.csv', 'y')
+
+
 @pytest.mark.parametrize('values,task,classes', [(['u', 'v'], 'classes', ['u', 'v']), ([0, 1], 'classes', ['0', '1']), ([10, 9, 2], 'classes', ['2', '9', '10']), ([True, False], 'classes', ['False', 'True']),
                                                ([0.5, 1.5], 'number', None), (list(range(30)), 'number', None)])
 def test_the_target_says_what_it_is(tmp_path, values, task, classes):

@@ -118,6 +118,8 @@ def summarise(
 # %% ../../nbs/10_data/13e_columns.ipynb #68a9138a
 _KEY = re.compile(r'(?:(?:^|[\W_])(?i:id|key|no|idx|index|code)|[a-z](?:Id|ID|No|Key)|번호|코드|아이디)$')   # `user_id`, `orderNo`, `고객 번호`
 
+_COMMA = re.compile(r'[-+]?\d+(,\d+)+(\.\d+)?')
+
 def guess_role(
     s:ColumnSummary # What was seen of the column
 )->tuple[str,str]: # "number", "category", "date", "id", "text", "constant" or "mixed"; and why
@@ -129,6 +131,7 @@ def guess_role(
         if s.whole and n>=8 and s.rising and not s.missing: return 'id','whole numbers that rise from row to row'
         return ('id','whole numbers, all different') if s.whole and n>=8 and s.unique and _KEY.search(s.name) else ('number','')
     if s.formats: return 'date',s.formats[0]
+    if s.others and all(_COMMA.fullmatch(o.strip()) for o in s.others): return 'mixed',f'numbers with commas, such as `{s.other[1]}`'
     if s.numbers>=0.8*n and not s.padded: return 'mixed',f'{s.numbers} of {n} values are numbers, but not `{s.other[1]}`'
     return _guess_texts(s, n, d)
 
@@ -154,9 +157,9 @@ class Role:
 
 def _mixed(table, s):
     "Say what is wrong with a column of mixed types, and the three ways out."
-    odd = listed(s.others)
+    odd,comma = listed(s.others),' A number is written without commas for thousands, and with a point for decimals.'*bool(_COMMA.fullmatch(s.other[1].strip()))
     return DataError(f"Column `{s.name}` is mixed: {s.numbers} of its {s.values} values are numbers, but {table.where(s.other[0])} holds `{s.other[1]}`. Mend the cell{'s' if len(s.others)>1 else ''} ({odd}), or say what "
-                     f"{'they are' if len(s.others)>1 else 'it is'}: `missing: [\"{s.other[1]}\"]` for no value, `categories: [{s.name}]` to take all of them for words, `drop: [{s.name}]` to do without.")
+                     f"{'they are' if len(s.others)>1 else 'it is'}: `missing: [\"{s.other[1]}\"]` for no value, `categories: [{s.name}]` to take all of them for words, `drop: [{s.name}]` to do without.{comma}")
 
 def _wanted(table, lists):
     "Column -> role as the user says; each column once."
