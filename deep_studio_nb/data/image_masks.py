@@ -23,7 +23,6 @@ from .mask_files import find_mask_classes, read_union, mask_values, to_numbers
 from .overlays import add_legend, class_colors, draw_mask, overlay, picture_rows
 from .pairing import Side, alone, find_sides, of_all, pair_files, picture_size, settle, size_problem, told_problems
 from .samples import Unreadable
-from .transforms import IGNORED
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations

@@ -164,7 +164,7 @@ def size_problem(
     "Say that two pictures are not of one size."
     if size==wanted: return None
     why = f"it has {size[0]}x{size[1]} pixels where `{other.name}` asks for {wanted[0]}x{wanted[1]}"
-    if size==wanted[::-1] and _turned(other): why += f"; the photo is turned by its EXIF note, and this one was made from the unturned photo"
+    if size==wanted[::-1] and _turned(other): why += "; the photo is turned by its EXIF note, and this one was made from the unturned photo"
     return Unreadable(f"`{path}` does not fit: {why}.", path, why)
 
 def _turned(path):

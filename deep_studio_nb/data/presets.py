@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'lists_for', 'transforms_for']
 
 # %% ../../nbs/10_data/13e_presets.ipynb #139bcdc9
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from ..common.errors import ConfigError, did_you_mean, listed
 from ..common.logs import get_logger
