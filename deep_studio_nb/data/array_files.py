@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
+from fastcore.basics import patch
 from ..common.errors import DataError, did_you_mean, listed
 
 if TYPE_CHECKING: from numpy import ndarray
 else: ndarray = 'ndarray'   # the documentation evaluates annotations
 
-# %% ../../nbs/10_data/10b_array_files.ipynb #91e341c5
+# %% ../../nbs/10_data/10b_array_files.ipynb #9496a8e0
 @dataclass(frozen=True)
 class _Stored:
     "One array, and where its values begin."
@@ -26,6 +27,7 @@ class _Stored:
     def size(self): return prod(self.shape)*self.dtype.itemsize
     def __str__(self): return f'{self.shape} {self.dtype}'
 
+# %% ../../nbs/10_data/10b_array_files.ipynb #03114fc5
 _HOW = "Save it as numbers or as text: `np.save(path, np.asarray(values.tolist()))`."
 
 def _header(f, name, path, member=None, there=0):
@@ -42,7 +44,7 @@ def _header(f, name, path, member=None, there=0):
     if res.size>res.there: raise DataError(f"`{name}` is cut off: {res.shape} of {dtype} take {res.size:,} bytes, and {max(res.there, 0):,} are there. Copy or download it again.")
     return res
 
-# %% ../../nbs/10_data/10b_array_files.ipynb #023c38f8
+# %% ../../nbs/10_data/10b_array_files.ipynb #c5757b3d
 def _in_zip(path):
     "What the arrays in the .npz at `path` are, by name."
     res = {}
@@ -60,6 +62,7 @@ def _in_zip(path):
     except (zipfile.BadZipFile,RuntimeError,NotImplementedError,OSError) as e: raise DataError(f"`{path}` cannot be read as a .npz file: {e}.") from e
     return res
 
+# %% ../../nbs/10_data/10b_array_files.ipynb #56f3026c
 def _in_folder(folder):
     "What the .npy files in `folder` are, by name."
     res = {}
@@ -67,7 +70,7 @@ def _in_folder(folder):
         with path.open('rb') as f: res[path.stem] = _header(f, path, path, there=path.stat().st_size)
     return res
 
-# %% ../../nbs/10_data/10b_array_files.ipynb #671ec303
+# %% ../../nbs/10_data/10b_array_files.ipynb #7f09d018
 class ArrayFiles:
     "The arrays of a .npz file, of a folder of .npy files, or of the folder around one of them, read when asked for."
     def __init__(self,
@@ -86,20 +89,23 @@ class ArrayFiles:
     def __contains__(self, name): return name in self._heads
     def __repr__(self): return f"{self.path.name}: " + ', '.join(f'`{k}` {v}' for k,v in self._heads.items())
 
-    def head(self,
-        name:str # Name of an array
-    )->_Stored: # `shape` and `dtype` among others
-        "Tell what array `name` is."
-        name = name.removesuffix('.npy')
-        if name in self._heads: return self._heads[name]
-        raise DataError(f"There is no array `{name}` in `{self.path}`{did_you_mean(name, self._heads) or '.'} It has {listed(self._heads)}.")
+# %% ../../nbs/10_data/10b_array_files.ipynb #4be2b9fe
+@patch
+def head(self:ArrayFiles,
+    name:str # Name of an array
+)->_Stored: # `shape` and `dtype` among others
+    "Tell what array `name` is."
+    name = name.removesuffix('.npy')
+    if name in self._heads: return self._heads[name]
+    raise DataError(f"There is no array `{name}` in `{self.path}`{did_you_mean(name, self._heads) or '.'} It has {listed(self._heads)}.")
 
-# %% ../../nbs/10_data/10b_array_files.ipynb #4d74b1fe
+# %% ../../nbs/10_data/10b_array_files.ipynb #f0796def
 def _memory():
     "Bytes of memory that the machine has; None where it does not say."
     try: return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError,ValueError,OSError): return None
 
+# %% ../../nbs/10_data/10b_array_files.ipynb #6f2de51b
 def _unpack(head, name):
     "Read array `name` out of a compressed .npz."
     import numpy as np
@@ -137,7 +143,7 @@ def split_named(
     word = str(word).strip().lower()
     return next((k for k,v in _SPLIT_WORDS.items() if word in v), None)
 
-# %% ../../nbs/10_data/10b_array_files.ipynb #4ae32b26
+# %% ../../nbs/10_data/10b_array_files.ipynb #aee62169
 _ROLES = dict(x='x xs data image images img imgs input inputs feature features pixels samples arr0'.split(),
               y='y ys label labels target targets arr1'.split(), classes=['classnames','labelnames','classes','names'])
 
@@ -149,6 +155,7 @@ def _role(name):
     rest = ''.join(o for o in words if split_named(o) is None)
     return split or 'train',next((k for k,v in _ROLES.items() if rest in v), None)
 
+# %% ../../nbs/10_data/10b_array_files.ipynb #ebf42c4b
 def guess_arrays(
     names:Iterable[str] # Names of arrays
 )->dict[str,dict[str,str]]: # Split -> role ("x", "y" or "classes") -> name

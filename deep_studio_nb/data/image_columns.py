@@ -15,7 +15,7 @@ from .image_files import IMAGE_SUFFIXES
 from .samples import natural_key
 from .table_files import Chunk, TableFile
 
-# %% ../../nbs/10_data/13b_image_columns.ipynb #73f1c1ae
+# %% ../../nbs/10_data/13b_image_columns.ipynb #e4f56277
 _PATHS = 'path file filename filepath fname image imagepath imagename imagefile imageid img imgpath imgname id 경로 파일 파일명 이미지'.split()
 _TARGETS = 'label labels class classes classname target targets category categories tag tags y breed species 라벨 레이블 클래스 분류 정답'.split()
 
@@ -24,6 +24,7 @@ def _usual(columns, words):
     plain = {re.sub(r'[\W_]', '', o.casefold()): o for o in reversed(columns)}
     return next((plain[o] for o in words if o in plain), None)
 
+# %% ../../nbs/10_data/13b_image_columns.ipynb #aaef9ae6
 def guess_path(
     table:TableFile, # The list
     chunk:Chunk # Its beginning
@@ -36,6 +37,7 @@ def guess_path(
     if res is None: raise DataError(f"Which column of `{table.name}` names the images? Say it, as in `path: {table.columns[0]}`. Its columns: {listed(table.columns, 20)}.")
     return res
 
+# %% ../../nbs/10_data/13b_image_columns.ipynb #ac854a62
 def guess_target(
     table:TableFile, # The list
     chunk:Chunk, # Its beginning
@@ -48,7 +50,7 @@ def guess_target(
     if len(left)>1 and all(t in ('0','1','0.0','1.0') for o in left for t in chunk.texts(o)): return left
     raise DataError(f"Which column of `{table.name}` holds the labels? Say it, as in `target: {(left or table.columns)[0]}`. Its columns: {listed(table.columns, 20)}.")
 
-# %% ../../nbs/10_data/13b_image_columns.ipynb #2beaf891
+# %% ../../nbs/10_data/13b_image_columns.ipynb #eefb2725
 def at_lines(
     table:TableFile, # The list
     lines:Sequence[int] # Lines in it
@@ -70,6 +72,7 @@ def _clean(text):
     text = (text or '').strip()
     return (text if text.isascii() else unicodedata.normalize('NFC', text)) or None
 
+# %% ../../nbs/10_data/13b_image_columns.ipynb #39462c13
 def cell_texts(
     chunk:Chunk, # Rows of a list
     name:str # A column
@@ -79,7 +82,7 @@ def cell_texts(
     if isinstance(chunk[name], list) or chunk[name].dtype.kind!='f': return texts
     return texts if any(o and not o.endswith('.0') for o in texts) else [o and o[:-2] for o in texts]
 
-# %% ../../nbs/10_data/13b_image_columns.ipynb #14087ee4
+# %% ../../nbs/10_data/13b_image_columns.ipynb #fb290160
 class CellTargets:
     "What the cells of the target column(s) mean, as training settles it."
     def __init__(self,
@@ -91,18 +94,20 @@ class CellTargets:
         self.columns,self.sep,self.task = list(columns),sep,task
         self.classes = None if classes is None else [str(o) for o in classes]
 
-    def settle(self,
-        table:TableFile, # The list
-        chunk:Chunk # Its training rows
-    ):
-        "Find out what the targets are, and which classes there are."
-        if self.task=='auto': self.task = self._guess(table, chunk)
-        if self.task=='number' or self.classes is not None: return
-        if len(self.columns)>1: self.classes = self.columns
-        else: self.classes = sorted({o for some in self._labels(table, chunk) for o in some}, key=natural_key)
-        if not self.classes: raise DataError(f"The column `{self.columns[0]}` of `{table.name}` holds no labels.")
+# %% ../../nbs/10_data/13b_image_columns.ipynb #a7f177a2
+@patch
+def settle(self:CellTargets,
+    table:TableFile, # The list
+    chunk:Chunk # Its training rows
+):
+    "Find out what the targets are, and which classes there are."
+    if self.task=='auto': self.task = self._guess(table, chunk)
+    if self.task=='number' or self.classes is not None: return
+    if len(self.columns)>1: self.classes = self.columns
+    else: self.classes = sorted({o for some in self._labels(table, chunk) for o in some}, key=natural_key)
+    if not self.classes: raise DataError(f"The column `{self.columns[0]}` of `{table.name}` holds no labels.")
 
-# %% ../../nbs/10_data/13b_image_columns.ipynb #315ad171
+# %% ../../nbs/10_data/13b_image_columns.ipynb #045cb92e
 _MARKS = {**dict.fromkeys(('1','1.0','true'), 1.), **dict.fromkeys(('0','0.0','false'), 0.)}
 
 @patch
@@ -112,6 +117,7 @@ def _guess(self:CellTargets, table, chunk):
     seen = [o for o in cell_texts(chunk, self.columns[0]) if o]
     return 'number' if len(set(seen))>20 and all(re.fullmatch(r'-?\d*\.\d+', o) for o in seen) else 'classes'
 
+# %% ../../nbs/10_data/13b_image_columns.ipynb #99e2bc88
 @patch
 def _labels(self:CellTargets, table, chunk):
     "The labels of each row, as texts."
@@ -120,6 +126,7 @@ def _labels(self:CellTargets, table, chunk):
     refuse_rows(table, chunk, [i for i,o in enumerate(texts) if o is None], lambda i: f"has no label: the cell of `{self.columns[0]}` is empty. Give it one, or take the line out.")
     return [[o] for o in texts]
 
+# %% ../../nbs/10_data/13b_image_columns.ipynb #c39be0f9
 @patch
 def _marks(self:CellTargets, table, chunk):
     "Zeros and ones of each row, one column a class."
@@ -128,7 +135,7 @@ def _marks(self:CellTargets, table, chunk):
         refuse_rows(table, chunk, [i for i,o in enumerate(col) if o is None], lambda i: f"holds {chunk[name][i]!r} in `{name}`. With several columns as `target`, each says by 1 or 0 whether the image is of that class.")
     return list(zip(*cols))
 
-# %% ../../nbs/10_data/13b_image_columns.ipynb #fa540d9f
+# %% ../../nbs/10_data/13b_image_columns.ipynb #24c04aa6
 @patch
 def make(self:CellTargets,
     table:TableFile, # A list
@@ -149,6 +156,7 @@ def make(self:CellTargets,
     if self.task=='classes': return [known[o] for o, in rows]
     return [tuple(float(o in some) for o in self.classes) for some in map(set, rows)]
 
+# %% ../../nbs/10_data/13b_image_columns.ipynb #6acf0a08
 @patch
 def _numbers(self:CellTargets, table, chunk):
     "One value a row and column."
@@ -160,7 +168,7 @@ def _numbers(self:CellTargets, table, chunk):
         refuse_rows(table, chunk, [i for i,o in enumerate(col) if o is None or o!=o or abs(o)==float('inf')], lambda i: f"holds {chunk[name][i]!r} in `{name}`, which is not a number.")
     return list(zip(*cols))
 
-# %% ../../nbs/10_data/13b_image_columns.ipynb #0317b6d3
+# %% ../../nbs/10_data/13b_image_columns.ipynb #9c1efd57
 class _Lookup:
     "Finds files by listing each folder once."
     def __init__(self): self.listings,self.folders = {},{}
@@ -177,6 +185,7 @@ class _Lookup:
         if path not in self.folders: self.folders[path] = path if path.is_dir() else None if path.parent==path else self.listing(self.folder(path.parent)).get(unicodedata.normalize('NFC', path.name))
         return self.folders[path]
 
+# %% ../../nbs/10_data/13b_image_columns.ipynb #02822c69
 def find_named(
     names:Sequence[str], # Paths as people write them
     root:str|Path, # Folder that they begin in

@@ -64,7 +64,7 @@ class ImageList(ImageDataset):
         if mode=='auto' and split!='train' and 'train' in self._splits: mode = guess_mode(self._listed_in('train')[0])
         super().__init__(self.files, self.labels, self._target_of.classes, self.data_dir, mode, on_bad, journal)
 
-# %% ../../nbs/10_data/13b_image_list.ipynb #8e65b0d4
+# %% ../../nbs/10_data/13b_image_list.ipynb #dfab42fc
 @patch
 def _settle(self:ImageList, path, target, label_sep, task, classes):
     "Settle columns, splits and classes by the first table."
@@ -81,6 +81,7 @@ def _settle(self:ImageList, path, target, label_sep, task, classes):
     what = 'numbers' if self._target_of.classes is None else f'{len(self._target_of.classes)} {"classes" if self._target_of.task=="classes" else "labels"}'
     _log.info("`%s`: images in `%s`, %s in %s.", table.name, self._path, what, listed(target))
 
+# %% ../../nbs/10_data/13b_image_list.ipynb #49f3b8ab
 def _splits_of(table, chunk, name):
     "The split of each row, by column `name`."
     texts = chunk.texts(name)
@@ -93,11 +94,12 @@ def _found_splits(self:ImageList, table):
     chunk = table.read([self._split_column])
     return tuple(dict.fromkeys(_splits_of(table, chunk, self._split_column)))
 
-# %% ../../nbs/10_data/13b_image_list.ipynb #61deec11
+# %% ../../nbs/10_data/13b_image_list.ipynb #e4b3053e
 def _pick(chunk, keep):
     "The rows numbered `keep`."
     return type(chunk)({k: [v[i] for i in keep] if isinstance(v, list) else v[keep] for k,v in chunk.cells.items()}, [chunk.lines[i] for i in keep])
 
+# %% ../../nbs/10_data/13b_image_list.ipynb #ba396a09
 def _refuse_twice(table, chunk, names):
     "Refuse paths that stand in the table more than once."
     if len(set(names))==len(names): return
@@ -105,6 +107,7 @@ def _refuse_twice(table, chunk, names):
     i,k,*_ = (j for j,o in enumerate(names) if o==name)
     raise DataError(f"{table.where(chunk.lines[k])} names `{name}` again, which is in line {chunk.lines[i]} already{f' ({n} times in all)' if n>2 else ''}. Keep one line an image; for several labels an image, put them into one cell and give `label_sep`.")
 
+# %% ../../nbs/10_data/13b_image_list.ipynb #4c208020
 @patch
 def _rows(self:ImageList, split):
     "The table of `split`, and its rows."
@@ -122,7 +125,7 @@ def _listed_in(self:ImageList, split):
     table,chunk = self._rows(split)
     return find_named(cell_texts(chunk, self._path), self.data_dir, self._suffix),table,chunk
 
-# %% ../../nbs/10_data/13b_image_list.ipynb #3cdbc494
+# %% ../../nbs/10_data/13b_image_list.ipynb #33c9ad4d
 @patch
 def _hint(self:ImageList, name):
     "Where `name` may be."
@@ -132,6 +135,7 @@ def _hint(self:ImageList, name):
     if where: return f" There is one in `{where}`: set `data_dir` to it."
     return " Set `data_dir` to the folder that the paths begin in." if self.data_dir.is_dir() else f" `data_dir` is `{self.data_dir}`, which is not there."
 
+# %% ../../nbs/10_data/13b_image_list.ipynb #c3220fe9
 @patch
 def _read(self:ImageList, split):
     "List files, labels and lines of `split`."
@@ -142,6 +146,7 @@ def _read(self:ImageList, split):
     self.files,self.labels = [files[i] for i in keep],self._target_of.make(table, rows := _pick(chunk, keep))
     self._table,self.lines = table,rows.lines
 
+# %% ../../nbs/10_data/13b_image_list.ipynb #47f7cf51
 @patch
 def _pass_over(self:ImageList, gone, files, table, chunk):
     "Say which files are not there, or refuse to go on."
@@ -151,7 +156,7 @@ def _pass_over(self:ImageList, gone, files, table, chunk):
     _log.warning("%s They are left out.", text)
     self.left_out = {**self.left_out, **{names[i]: 'there is no such file' for i in gone}}
 
-# %% ../../nbs/10_data/13b_image_list.ipynb #fc54a3ad
+# %% ../../nbs/10_data/13b_image_list.ipynb #05bbaf5f
 @patch
 def column(self:ImageList,
     name:str # Name of the column
@@ -162,6 +167,7 @@ def column(self:ImageList,
     values = dict(zip(chunk.lines, chunk[name]))
     return [values[o] for o in self.lines]
 
+# %% ../../nbs/10_data/13b_image_list.ipynb #689fe7ad
 @patch
 def fit(self:ImageList, indices:Tensor|None=None)->ImageList:
     if self._target_of.task!='number' or self.stage!='train': return self
