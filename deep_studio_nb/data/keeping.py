@@ -7,7 +7,6 @@ __all__ = ['CACHES', 'STARTS', 'Cost', 'look_ahead', 'Room', 'check_cache', 'mak
 
 # %% ../../nbs/10_data/18c_keeping.ipynb #7ca1d163
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 from ..common.errors import DataError, did_you_mean, listed

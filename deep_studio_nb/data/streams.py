@@ -8,8 +8,6 @@ __all__ = ['Packed', 'Jobs', 'picks_pixels', 'Maker']
 # %% ../../nbs/10_data/18d_streams.ipynb #917d8456
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-import torch
-from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import default_collate
 from .batches import Collate
