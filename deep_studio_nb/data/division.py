@@ -152,7 +152,7 @@ def divide(
     wanted = sum(n for *_,n in counts.values())
     if wanted>=len(ds): raise DataError(f"`validation_split` {validation_split!r} and `test_split` {test_split!r} hold out {wanted} of {len(ds)} samples together: nothing would be left for training.")
     how = dict(by=by, validation_split=validation_split or 0, test_split=test_split or 0, seed=seed, groups=_word(groups), times=_word(times))
-    if not wanted: return Division(ds.fit(None), dict(train=list(range(len(ds)))), how)
+    if not wanted: return Division(ds if ds.fitted() or ds.stage!='train' else ds.fit(None), dict(train=list(range(len(ds)))), how)
     _warn(ds, counts)
     values = values_of(ds, groups if times is None else times, 'groups' if times is None else 'times') if by=='time' or groups is not None else None
     numbers,rest,labels = {},list(range(len(ds))),strata(ds.targets())
