@@ -171,6 +171,12 @@ def test_only_training_rows_are_learned_from():
     assert loader.facts()['vocab_size'] == len(known)+2 and loader.facts()['class_counts'] == [15, 15]
 
 
+def test_held_out_texts_are_seen_with_the_vocabulary_of_training_however_a_loader_gets_them(tmp_path):
+    ds = TextFile(write(tmp_path/'a.tsv'), 'review', 'label', valid_file=write(tmp_path/'v.tsv', ROWS[3:]), min_count=1)
+    by_hand = [BaseDataLoader(ds.split('valid'), 3, shuffle=False), BaseDataLoader(ds.subset([3,4,5]), 3, shuffle=False), BaseDataLoader(ds, 3).split_validation()]
+    for loader in by_hand: assert torch.equal(next(iter(loader))[0], ds.gather(torch.tensor([3,4,5]))[0])
+
+
 def test_what_was_fitted_is_plain_and_makes_the_same_batches(tmp_path):
     train,new = write(tmp_path/'a.tsv'), write(tmp_path/'n.tsv', [('1', t) for t,_ in ROWS[::-1]], ('id', 'review'))
     ds = TextFile(train, 'review', 'label', tokens='jamo', lower=False, squeeze=2, max_length=20)
@@ -202,6 +208,32 @@ def test_order_and_padding_depend_on_seed_and_epoch_alone():
         for (a,y),(b,z) in zip(one, two): assert torch.equal(a, b) and torch.equal(y, z)
     one.set_epoch(1), two.set_epoch(1), two.start_at(2)
     for (a,_),(b,_) in zip(list(one)[2:], two): assert torch.equal(a, b)
+
+
+def test_batches_by_length_hold_little_padding():
+    rng = random.Random(0)
+    ds = TextFile(pd.DataFrame(dict(t=[' '.join(['말']*rng.randrange(1, 60)) for _ in range(640)], y=[0, 1]*320)), 't', 'y', tokens='words')
+    def share(**kw): return sum(int((x!=0).sum()) for x,_ in BaseDataLoader(ds, 32, **kw))/sum(x.numel() for x,_ in BaseDataLoader(ds, 32, **kw))
+    assert share(sampling='by_length')>0.9 and share()<0.7
+
+
+def test_a_transform_of_the_text_is_padded_by_the_loader():
+    ds = TextFile(pd.DataFrame(ROWS, columns=['t', 'y']), 't', 'y', min_count=1).with_transforms(dict(train=str.upper, valid=lambda o: o[:2]))
+    loader = BaseDataLoader(ds, 4, validation_split=2)
+    assert [o.shape[0] for o,_ in loader]==[4] and next(iter(loader.split_validation()))[0].shape==(2,2)
+
+
+def test_authors_are_not_divided(tmp_path):
+    rows = [(f'글 {i}', 'ab'[i%2], f'작가{i//4}') for i in range(40)]
+    ds = TextFile(write(tmp_path/'a.tsv', rows, ('t', 'y', 'author')), 't', 'y')
+    loader = BaseDataLoader(ds, 4, validation_split=0.3, by='group', groups='author')
+    parts = [set(o.dataset.column('author')) for o in (loader, loader.split_validation())]
+    assert not parts[0]&parts[1] and len(parts[0]|parts[1])==10
+
+
+def test_a_column_of_ids_is_no_target(tmp_path, caplog):
+    TextFile(write(tmp_path/'a.tsv', [(f'글 {i}', f'id{i}') for i in range(40)]), 'review', 'label')
+    assert '`label` has 40 different values in 40 rows: is it the target?' in caplog.text
 
 
 def test_a_tokenizer_of_ones_own_by_name():
