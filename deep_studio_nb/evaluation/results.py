@@ -50,7 +50,7 @@ def show_results(
     "Draw samples with what the model said and what they are."
     picked = (worst_first(ev) if worst and ev.targets is not None else torch.arange(len(ev)))[:n].tolist()
     seen,rows = [dataset.decode(_input(dataset[i])) for i in picked],ev.rows()
-    rows = [rows[i] for i in picked]
+    rows = [_in_words(rows[i], dataset, ev.task) for i in picked]
     if ev.task in ('mask','image'): return _drawn(ev, picked, seen, rows, dataset, ncols)
     titles,colors = zip(*map(result_title, rows))
     if isinstance(seen[0], str): return draw_table([dict(input=x, **_beside(row)) for x,row in zip(seen, rows)], colors)
@@ -60,6 +60,11 @@ def show_results(
 def _input(sample):
     "What goes into the model, a tuple where that is several tensors."
     return sample[0] if len(sample)<=2 else tuple(sample[:-1])
+
+def _in_words(row, dataset, task):
+    "A row whose numbers are written as the dataset writes them, with their unit."
+    if task!='number' or not hasattr(dataset, 'target_name'): return row
+    return row|{k: dataset.target_name(row[k]) for k in ('prediction','target') if isinstance(row.get(k), float)}
 
 def _beside(row): return {k: _short(v) for k,v in row.items() if k in ('prediction','target','probability')}
 
@@ -93,7 +98,7 @@ def show_confusion(
     ax.set_xticks(range(k), ev.classes, rotation=60 if long else 0, ha='right' if long else 'center', size=8)
     ax.set_yticks(range(k), ev.classes, size=8)
     for i,j in counts.nonzero().tolist():
-        ax.text(j, i, int(counts[i,j]), ha='center', va='center', size=8, color='white' if i==j else 'firebrick')
+        ax.text(j, i, int(counts[i,j]), ha='center', va='center', size=8, color='white' if 2*counts[i,j]>counts[i].sum() else 'black' if i==j else 'firebrick')
     ax.set_xlabel('predicted', size=8)
     ax.set_ylabel('target', size=8)
     return fig

@@ -40,7 +40,9 @@ def _label_rows(preds, targets, names):
     return rows
 
 # %% ../../nbs/40_evaluation/40_rows.ipynb #d3ecf8d4
-def _value(x): return x.item() if x.numel()==1 else x.tolist()
+def _value(x): return _plain(x.item()) if x.numel()==1 else [_plain(o) for o in x.flatten().tolist()]
+
+def _plain(v): return float(f'{v:.7g}') if isinstance(v, float) else v   # what 32 bits hold
 
 def _number_rows(preds, targets, names):
     "The number; with targets also what it should be, and the difference."
@@ -48,7 +50,7 @@ def _number_rows(preds, targets, names):
     if targets is not None:
         for row,p,y in zip(rows, preds, targets):
             row['target'] = _value(y)
-            if p.numel()==y.numel()==1 and p.is_floating_point(): row['error'] = row['prediction']-row['target']
+            if p.numel()==y.numel()==1 and p.is_floating_point(): row['error'] = _plain(row['prediction']-row['target'])
     return rows
 
 # %% ../../nbs/40_evaluation/40_rows.ipynb #81ae1d40

@@ -23,7 +23,7 @@ from ..evaluation.results import show_confusion, show_results
 from .build import build_data, build_model, build_trainer, learn_names
 from .provenance import git_state, part_records, versions
 from .recorder import Recorder, records_kept, repeat
-from .run_data import Splits
+from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run, now, this_process
 from .summary import near_path, run_summary
 from .trackers import Trackers
@@ -193,7 +193,8 @@ def evaluate(self:Experiment,
 ) -> Evaluation: # Metrics, and one row a sample
     "Score the model as it is on a split."
     loss,metrics = getattr(self.trainer, 'loss_fn', None),getattr(self.trainer, 'metrics', ())
-    return evaluate(self.model, self.data.in_order(split), loss, metrics, self.device, ids=lambda: self.data.ids(split),
+    loader = self.data.in_order(split)
+    return evaluate(self.model, loader, loss, metrics, self.device, ids=lambda: ids_of(loader),
                     classes=self.data.classes, split=split, task=self.data.facts.get('task'))
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #10d8a444

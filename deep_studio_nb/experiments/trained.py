@@ -16,6 +16,7 @@ from ..common.devices import pick_device
 from ..common.errors import CheckpointError, DataError, listed
 from ..evaluation.evaluate import Evaluation, evaluate
 from .build import build_data, learn_names
+from .run_data import ids_of
 from .run_folder import RunFolder, find_run
 from ..models.interface import create_model
 from ..training.checkpoints import load_checkpoint, load_model_state
@@ -79,9 +80,9 @@ def evaluate(self:Trained,
     "Score the model on a split of the data it was trained on."
     data = build_data(self.cfg)
     if data.classes!=self.classes: raise DataError(f'The classes of the data are {listed(data.classes or [])}, but this model was trained on {listed(self.classes or [])}. Its answers would get the wrong names.')
-    loss = self.cfg.get('loss')
-    return evaluate(self.model, data.in_order(split), build_loss(loss, self.facts) if loss else None, build_metrics(self.cfg.get('metrics') or (), data.facts),
-                    self.device, ids=lambda: data.ids(split), classes=self.classes, split=split, task=data.facts.get('task'))
+    loss,loader = self.cfg.get('loss'),data.in_order(split)
+    return evaluate(self.model, loader, build_loss(loss, self.facts) if loss else None, build_metrics(self.cfg.get('metrics') or (), data.facts),
+                    self.device, ids=lambda: ids_of(loader), classes=self.classes, split=split, task=data.facts.get('task'))
 
 # %% ../../nbs/50_experiments/55_trained.ipynb #ce0d81ad
 @patch
