@@ -47,9 +47,12 @@ _HOLES = frozenset('- -- . none unknown n.a. missing tbd 없음 미상 모름 �
 def _mixed_cells(rows, split, roles, target):
     "Columns of numbers that hold other things in a few cells."
     res = []
-    for o,(role,_) in roles.items():
+    for o,(role,why) in roles.items():
         if role!='mixed': continue
         s = rows.seen[split][o]
+        if 'comma' in why:
+            res.append(Finding('error', 'mixed_types', f'`{o}` holds {why}.', o, s.values-s.numbers, s.others, 'Write them with a point and without separators, or take them for words: `categories`.'))
+            continue
         odd = [i for i,t in enumerate(rows.texts(o)) if t in set(s.others)][:5]
         res.append(Finding('error', 'mixed_types', f'`{o}` holds numbers, but {s.values-s.numbers:,} of its {s.values:,} values are none.', o, s.values-s.numbers, [f'{rows.name(i)}: {rows.texts(o)[i]!r}' for i in odd],
                            f'Mend the cells, or say what they are: `missing: [{s.others[0]!r}]` for no value, `categories: [{o}]` to take all for words.'))

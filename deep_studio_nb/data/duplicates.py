@@ -95,20 +95,21 @@ def alike_enough(
     "Choose how alike two pictures of this set have to be to count as the same."
     import numpy as np
     if len(hashes)<20: return 0.96   # too few to say what is usual
-    some = np.unique(np.linspace(0, len(hashes)-1, min(n, len(hashes))).astype(int))
+    n = min(n, len(hashes), 20_000_000//len(hashes))   # 80 MB at a time
+    some = np.unique(np.linspace(0, len(hashes)-1, n).astype(int))
     kth = len(hashes)-11   # counted from the farthest; the nearest is the picture itself
     near = np.partition(hashes[some]@hashes.T, kth, axis=1)[:,kth]
     return 1-float(np.clip((1-np.quantile(near, 0.25))**2/3, 0.003, 0.04))
 
 # %% ../../nbs/10_data/19d_duplicates.ipynb #935a82f1
-_BLOCK,_COLOR,_FLAT = 1024,10,3 # rows at a time; levels that colours may differ in the mean; spread of the shades below which there is nothing to see
+_BLOCK,_COLOR,_FLAT = 1024,10,3 # rows at a time, fewer where there are many; levels that colours may differ in the mean; spread of the shades below which there is nothing to see
 
 def _candidates(hashes, least, most=200_000):
     "Pairs (m, 2), first below second, whose hashes agree to `least`."
     import numpy as np
-    found,n = [],0
-    for at in range(0, len(hashes), _BLOCK):
-        i,j = np.nonzero(hashes[at:at+_BLOCK]@hashes[at:].T >= least)
+    found,n,block = [],0,max(64, min(_BLOCK, 20_000_000//len(hashes)))
+    for at in range(0, len(hashes), block):
+        i,j = np.nonzero(hashes[at:at+block]@hashes[at:].T >= least)
         found.append(np.stack([i,j], 1)[j>i]+at)
         n += len(found[-1])
         if n>most: break

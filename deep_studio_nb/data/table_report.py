@@ -135,7 +135,7 @@ def table_report(
     about,counts = Counter(rows.splits),None
     found,counts = _checked_target(rows, target, classes)
     found = [*rows.findings, *found, *column_findings(rows, target), *_row_duplicates(rows, roles, target, classes), *(group_findings(rows.texts(group), rows.splits, f'groups of `{group}`') if group else [])]
-    facts = dict(rows={o: about[o] for o in in_order(rows.splits)}, columns=len(rows.columns), **({'written': rows.written} if rows.written else {}), target=_target_fact(rows, target, classes) if target else 'none was named')
+    facts = dict(rows={o: about[o] for o in in_order(rows.splits)}, columns=len(rows.columns), **({'written': rows.written} if rows.written else {}), target=_target_fact(rows, target, classes) if target else 'not named, so nothing is said about it')
     table = _narrow(role_table(next(iter(rows.seen.values())), {o: Role('target' if o==target else r, why) for o,(r,why) in roles.items()}))
     pictures = {**({'samples by class': lambda: draw_counts(counts)} if counts else {}), **({'columns': lambda: draw_columns(rows)} if any(r in ('number','category') for r,_ in roles.values()) else {})}
     res = Report(rows.title, facts, found, table, pictures)
