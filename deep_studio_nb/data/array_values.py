@@ -9,6 +9,7 @@ __all__ = ['ARRAY_TASKS', 'LAYOUTS', 'array_task', 'label_column', 'ArrayLabels'
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from ..common.errors import DataError, listed
 from .samples import natural_key
@@ -16,7 +17,7 @@ from .samples import natural_key
 if TYPE_CHECKING: from numpy import ndarray
 else: ndarray = 'ndarray'   # the documentation evaluates annotations
 
-# %% ../../nbs/10_data/15b_array_values.ipynb #b9eb0add
+# %% ../../nbs/10_data/15b_array_values.ipynb #37d7fbff
 ARRAY_TASKS = 'auto','classes','labels','number'
 
 def _zeros_and_ones(y): return y.ndim==2 and y.shape[1]>1 and y.dtype.kind in 'buif' and bool(((y==0)|(y==1)).all())
@@ -37,6 +38,7 @@ def array_task(
     if n>1000: raise DataError(f"`{name}` holds {n:,} different whole numbers. Say whether they are amounts (`task: number`) or labels (`task: classes`).")
     return 'classes'
 
+# %% ../../nbs/10_data/15b_array_values.ipynb #24e85461
 def label_column(
     y:ndarray, # (n,) labels, (n, 1) labels, or (n, k) with a single one a row
     name:str # Name of the array, for messages
@@ -51,7 +53,10 @@ def label_column(
     if (y!=y.round()).any(): raise DataError(f"Row {int((y!=y.round()).argmax())} of `{name}` is {y[(y!=y.round()).argmax()]}, which is no label. Say `task: number` if these are amounts.")
     return y.astype(np.int64)
 
-# %% ../../nbs/10_data/15b_array_values.ipynb #cb45c000
+# %% ../../nbs/10_data/15b_array_values.ipynb #2509b6c6
+#| export
+
+# %% ../../nbs/10_data/15b_array_values.ipynb #60aed552
 class ArrayLabels:
     "The labels that training knows, and their names."
     def __init__(self,
@@ -69,19 +74,21 @@ class ArrayLabels:
         else: raise DataError(f"`classes` has the {len(names)} names {listed(names)}, which do not fit the labels in `{where}`: {listed(found)}.")
         self.names = [str(o) for o in (self.values if names is None else names)]
 
-    def code(self,
-        values:ndarray, # (n,) labels
-        where:str # Name of the array, for messages
-    )->Tensor: # (n,) numbers of classes
-        "Number the labels in `values`, from 0."
-        import numpy as np
-        known = {o: i for i,o in enumerate(self.values)}
-        found,back = np.unique(values, return_inverse=True)
-        for o in found.tolist():
-            if o not in known: raise DataError(f"Row {int((values==o).argmax())} of `{where}` has the label {o!r}, which training does not know: it has {listed(self.values)}. Add samples of it to the training data, or take these out.")
-        return torch.tensor([known[o] for o in found.tolist()])[torch.from_numpy(back.reshape(-1))]
+# %% ../../nbs/10_data/15b_array_values.ipynb #d73f4125
+@patch
+def code(self:ArrayLabels,
+    values:ndarray, # (n,) labels
+    where:str # Name of the array, for messages
+)->Tensor: # (n,) numbers of classes
+    "Number the labels in `values`, from 0."
+    import numpy as np
+    known = {o: i for i,o in enumerate(self.values)}
+    found,back = np.unique(values, return_inverse=True)
+    for o in found.tolist():
+        if o not in known: raise DataError(f"Row {int((values==o).argmax())} of `{where}` has the label {o!r}, which training does not know: it has {listed(self.values)}. Add samples of it to the training data, or take these out.")
+    return torch.tensor([known[o] for o in found.tolist()])[torch.from_numpy(back.reshape(-1))]
 
-# %% ../../nbs/10_data/15b_array_values.ipynb #5256de94
+# %% ../../nbs/10_data/15b_array_values.ipynb #2aec330b
 LAYOUTS = 'auto','values','hw','hwc','chw'
 
 def pixel_layout(
@@ -97,6 +104,7 @@ def pixel_layout(
     if len(shape)==4 and shape[3] in (1,3): return 'hwc'
     return 'hw' if len(shape)==3 and dtype.kind=='u' else 'values'
 
+# %% ../../nbs/10_data/15b_array_values.ipynb #6fac9b4f
 def as_inputs(
     a:ndarray, # (n, ...) inputs
     layout:str, # As `pixel_layout` gives it

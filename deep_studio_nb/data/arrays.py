@@ -19,7 +19,7 @@ from .array_files import ArrayFiles, guess_arrays, read_array
 from .array_values import ARRAY_TASKS, LAYOUTS, ArrayLabels, array_task, as_inputs, label_column, pixel_layout
 from .stored_tensors import StoredTensors
 
-# %% ../../nbs/10_data/15c_arrays.ipynb #d53681af
+# %% ../../nbs/10_data/15c_arrays.ipynb #5ea81f06
 def _named(files, x, y):
     "The arrays of each split in `files`, those named `x` and `y` for training."
     given = {k: v.removesuffix('.npy') for k,v in dict(x=x, y=y).items() if v}
@@ -30,6 +30,7 @@ def _named(files, x, y):
     if given: found.setdefault('train', {}).update(given)
     return {k: v for k,v in found.items() if 'x' in v} | ({'train': found['train']} if given else {})
 
+# %% ../../nbs/10_data/15c_arrays.ipynb #da3324b8
 def _sources(file, x, y, others):
     "Split -> its files and the names of its arrays by role."
     files = ArrayFiles(file)
@@ -72,7 +73,7 @@ class Arrays(StoredTensors):
         self._load_split(split)
         self._tell()
 
-# %% ../../nbs/10_data/15c_arrays.ipynb #fef7b012
+# %% ../../nbs/10_data/15c_arrays.ipynb #ff374de0
 @patch
 def _settle(self:Arrays, source, classes, task, layout):
     "Settle what inputs and targets are by looking at those of training."
@@ -89,6 +90,7 @@ def _settle(self:Arrays, source, classes, task, layout):
     if self._task=='classes': self._labels = ArrayLabels(label_column(y, names['y']), classes, names['y'])
     self.classes = self._labels.names if self._labels else list(classes or map(str, range(y.shape[1]))) if self._task=='labels' else None
 
+# %% ../../nbs/10_data/15c_arrays.ipynb #67bf9a5d
 @patch
 def _inputs(self:Arrays, split):
     files,names = self._sources[split]
@@ -104,6 +106,7 @@ def _stored(self:Arrays, split):
     if len(y)!=len(x): raise DataError(f"`{names['y']}` has {len(y)} entries for {len(x)} inputs in `{names['x']}`: they have to be as many.")
     return x,y
 
+# %% ../../nbs/10_data/15c_arrays.ipynb #a92f2517
 @patch
 def _targets_of(self:Arrays, y, name):
     "Make targets of array `y`, as training does."
@@ -125,13 +128,14 @@ def _tell(self:Arrays):
     whose = f", `{names['y']}` as {'labels of ' + str(len(self.classes)) + ' classes' if self.classes else 'numbers'}" if self.y is not None else ', no targets'
     _log.info("`%s`: `%s` %s as %s%s; splits %s.", files.path.name, names['x'], tuple(self.x.shape), what, whose, listed(self._splits))
 
-# %% ../../nbs/10_data/15c_arrays.ipynb #f2d73c40
+# %% ../../nbs/10_data/15c_arrays.ipynb #209b16ea
 @patch
 def _input(self:Arrays, x:Tensor)->Tensor:
     if x.dtype==torch.uint8: return super(Arrays, self)._input(x)
     if x.dtype==torch.uint16 and self.kind=='image': return x.float().div_(65535)
     return x.float()
 
+# %% ../../nbs/10_data/15c_arrays.ipynb #d03836a5
 @patch
 def decode(self:Arrays, x:Any)->Tensor|str:
     if self.kind!='image' or not isinstance(x, Tensor) or not self.x.is_floating_point(): return super(Arrays, self).decode(x)
@@ -154,7 +158,7 @@ def facts(self:Arrays)->dict[str,Any]: # As `Tensors.facts`; `target_mean` and `
     if self._task=='number': res.update(self.__dict__.get('_spread') or self.using('train').fit()._spread)
     return res
 
-# %% ../../nbs/10_data/15c_arrays.ipynb #df5e22fb
+# %% ../../nbs/10_data/15c_arrays.ipynb #22dc46ab
 @patch
 def _content(self:Arrays)->Iterable[bytes]:
     n = len(self)
@@ -163,6 +167,7 @@ def _content(self:Arrays)->Iterable[bytes]:
     for i in rows.tolist(): yield self.x[i].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     if self.y is not None: yield self.y.numpy().tobytes()
 
+# %% ../../nbs/10_data/15c_arrays.ipynb #a6c39ba5
 @patch
 def __getstate__(self:Arrays)->dict: return {**self.__dict__, 'x':None, '_kept':{}}
 

@@ -69,7 +69,7 @@ class ImageDataset(BaseDataset):
 
     def _target(self, i): return torch.tensor(self.labels[i]) if isinstance(self.labels[i], tuple) else self.labels[i]
 
-# %% ../../nbs/10_data/13_image_dataset.ipynb #1a48de53
+# %% ../../nbs/10_data/13_image_dataset.ipynb #39fddb1e
 @patch
 def _correct(self:ImageDataset):
     "Do what the journal of labels says."
@@ -79,12 +79,14 @@ def _correct(self:ImageDataset):
         for o in self._per_sample: setattr(self, o, [getattr(self, o)[i] for i in edits.keep])
     self.left_out = {**self.left_out, **edits.left_out}
 
+# %% ../../nbs/10_data/13_image_dataset.ipynb #7fa59eb9
 @patch
 def _as_label(self:ImageDataset, to, was):
     "Turn `to`, as a journal writes it, into a label like `was`."
     if self.classes is None: return (float(to),) if isinstance(was, tuple) else to
     return tuple(float(o in to) for o in self.classes) if isinstance(to, list) else self.classes.index(to)
 
+# %% ../../nbs/10_data/13_image_dataset.ipynb #18e31402
 @patch
 def content_size(self:ImageDataset, i:int)->int: return _size(self.files[int(i)])
 
@@ -108,7 +110,7 @@ def targets(self:ImageDataset)->Sequence: # One target an image
     "List the targets."
     return torch.tensor(self.labels) if self.labels and isinstance(self.labels[0], tuple) else self.labels
 
-# %% ../../nbs/10_data/13_image_dataset.ipynb #675aada2
+# %% ../../nbs/10_data/13_image_dataset.ipynb #2ea69813
 @patch
 def sample_id(self:ImageDataset,
     i:int # Number of the image, from 0
@@ -119,6 +121,7 @@ def sample_id(self:ImageDataset,
     except ValueError: name = Path(os.path.relpath(path, self.data_dir))
     return unicodedata.normalize('NFC', name.as_posix())
 
+# %% ../../nbs/10_data/13_image_dataset.ipynb #c0240f2a
 @patch
 def content_id(self:ImageDataset,
     i:int # Number of the image, from 0
@@ -137,12 +140,13 @@ def content_ids(self:ImageDataset,
 @patch
 def target_name(self:ImageDataset, y:Any)->str: return name_target(y, self.classes) or super(ImageDataset, self).target_name(y)
 
-# %% ../../nbs/10_data/13_image_dataset.ipynb #27f1e84c
+# %% ../../nbs/10_data/13_image_dataset.ipynb #ccbda2aa
 @patch
 def facts(self:ImageDataset)->dict[str,Any]: # As `BaseDataset.facts`, `mode` and `target_facts`
     "Tell what a model may want to know about the images."
     return {**super(ImageDataset, self).facts(), 'mode': self.mode, **target_facts(self.targets(), self.classes)}
 
+# %% ../../nbs/10_data/13_image_dataset.ipynb #b89fc654
 @patch
 def _content(self:ImageDataset)->Iterable[bytes]:
     yield repr((self.classes, self.mode)).encode()
@@ -174,7 +178,7 @@ def _told(bad, n, root):
     some = '; '.join(f'`{os.path.relpath(o.path, root)}`: {o.reason}' for o in bad[:5])
     return f"{len(bad)} of {n} files of `{Path(root).resolve().name}` cannot be read: {some}{'; ...' if len(bad)>5 else '.'}"
 
-# %% ../../nbs/10_data/13_image_dataset.ipynb #679bdb7d
+# %% ../../nbs/10_data/13_image_dataset.ipynb #a88f8516
 @patch
 def _files_of(self:ImageDataset, i):
     "Files that sample `i` is read from."
@@ -193,11 +197,13 @@ def check(self:ImageDataset,
     if bad: self._leave_out(bad, needed, _told(bad, len(paths), self.data_dir))
     return bad
 
+# %% ../../nbs/10_data/13_image_dataset.ipynb #867d8ddc
 @patch
 def _unchecked(self:ImageDataset):
     _log.info("`%s` has %s images, so they are not all decoded before the start: one that cannot be read is %s when it comes. Call `check(limit=None)` to look at all.", self.data_dir, f'{len(self):,}', 'left out' if self.on_bad=='skip' else 'an error')
     return []
 
+# %% ../../nbs/10_data/13_image_dataset.ipynb #ac521489
 @patch
 def _leave_out(self:ImageDataset, bad, needed, text):
     "Drop the samples that need one of the `bad` files."

@@ -52,11 +52,12 @@ class NamedFiles(ImageDataset):
         self.files,self.labels = files_of(ds)
         if self.classes is None: self.classes = [str(o) for o in getattr(ds, 'classes', range(max(self.labels)+1))]
 
-# %% ../../nbs/10_data/15f_named_files.ipynb #2a56b3af
+# %% ../../nbs/10_data/15f_named_files.ipynb #c3761b68
 @DATASETS.register
 class Flowers102(NamedFiles):
     "Photos of 102 kinds of flowers: 1,020 for training, 1,020 for validation, 6,149 for the test."
 
+# %% ../../nbs/10_data/15f_named_files.ipynb #c96c6635
 @DATASETS.register
 class OxfordIIITPet(NamedFiles):
     "Photos of 37 breeds of cats and dogs: 3,680 for training, 3,669 for the test."
@@ -75,6 +76,7 @@ class DTD(NamedFiles):
 class FGVCAircraft(NamedFiles):
     "Photos of 100 variants of aircraft: 3,334 for training, 3,333 for validation, 3,333 for the test."
 
+# %% ../../nbs/10_data/15f_named_files.ipynb #cec72c39
 @DATASETS.register
 class GTSRB(NamedFiles):
     "Photos of 43 German traffic signs: 26,640 for training, 12,630 for the test."

@@ -55,13 +55,15 @@ class NamedSet(StoredTensors):
         if y.min()<0 or y.max()>=len(self.classes): raise DataError(f"`{type(self).__name__}` has labels from {y.min()} to {y.max()} in `{self.source.root}`, but there are {len(self.classes)} classes. These are the files of another set.")
         return x,y
 
-# %% ../../nbs/10_data/15e_named_sets.ipynb #b9bfbb0f
+# %% ../../nbs/10_data/15e_named_sets.ipynb #774b9bc6
 _DIGITS = [str(i) for i in range(10)]
 
 @DATASETS.register
 class MNIST(NamedSet):
     "Handwritten digits, 28 by 28, grey: 60,000 for training, 10,000 for the test."
     classes = _DIGITS
+
+    _more = {}
 
     def _names(self, split): return [f'{"train" if split=="train" else "t10k"}-{o}-ubyte' for o in ('images-idx3','labels-idx1')]
 
@@ -81,6 +83,7 @@ class MNIST(NamedSet):
 
     _more = {}
 
+# %% ../../nbs/10_data/15e_named_sets.ipynb #071d1474
 @DATASETS.register
 class FashionMNIST(MNIST):
     "Pieces of clothing, 28 by 28, grey: 60,000 for training, 10,000 for the test."
@@ -116,7 +119,7 @@ class EMNIST(MNIST):
         x,y = super()._published(split)
         return x.transpose(2, 3).contiguous(),y-1 if self._selection=='letters' else y   # letters count from 1
 
-# %% ../../nbs/10_data/15e_named_sets.ipynb #4e8fb361
+# %% ../../nbs/10_data/15e_named_sets.ipynb #d48c12e3
 class _Read(NamedSet):
     "A set that torchvision reads."
     def _args(self, split): return dict(train=split=='train')
@@ -127,11 +130,13 @@ class _Read(NamedSet):
         if x.dim()==3: return x[:,None],y
         return (x if x.shape[1]==3 else x.permute(0,3,1,2)).contiguous(),y
 
+# %% ../../nbs/10_data/15e_named_sets.ipynb #26516c2a
 @DATASETS.register
 class CIFAR10(_Read):
     "Small photos of ten kinds of things, 32 by 32, colour: 50,000 for training, 10,000 for the test."
     classes = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
+# %% ../../nbs/10_data/15e_named_sets.ipynb #1ae5d35d
 @DATASETS.register
 class CIFAR100(_Read):
     "Small photos of a hundred kinds of things, 32 by 32, colour: 50,000 for training, 10,000 for the test."
@@ -140,6 +145,7 @@ class CIFAR100(_Read):
         pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
         television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
 
+# %% ../../nbs/10_data/15e_named_sets.ipynb #798d9dea
 @DATASETS.register
 class SVHN(_Read):
     "House numbers cut from street photos, 32 by 32, colour: 73,257 for training, 26,032 for the test."

@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from ..common.errors import DataError
 from ..common.logs import get_logger
 
-# %% ../../nbs/10_data/15d_named_sources.ipynb #a262bb9c
+# %% ../../nbs/10_data/15d_named_sources.ipynb #56660b2e
 def _after(url): return url.rpartition('/')[2]
 
+# %% ../../nbs/10_data/15d_named_sources.ipynb #6479e62f
 def wanted_files(
     source:type, # A class of `torchvision.datasets`
     splits:Sequence[str]=('train','test') # Splits whose files are wanted, where they differ
@@ -45,7 +46,7 @@ def why_unreachable(
     except (OSError,ValueError) as e: return f"`{urlparse(url).netloc}` cannot be reached ({getattr(e, 'reason', e)})"
     return None
 
-# %% ../../nbs/10_data/15d_named_sources.ipynb #2fac9352
+# %% ../../nbs/10_data/15d_named_sources.ipynb #2eb51749
 _log = get_logger('data')
 _FAILS = RuntimeError,OSError,EOFError,ValueError   # what torchvision raises for files that are not there, broken or not the published ones
 
@@ -57,22 +58,24 @@ class NamedSource:
         download:bool=True # Whether to download what is missing
     ): self.name,self.root,self.download = name,Path(root),download
 
-    @property
-    def source(self)->type:
-        "The class of torchvision."
-        from torchvision import datasets
-        return getattr(datasets, self.name)
+# %% ../../nbs/10_data/15d_named_sources.ipynb #0c08eb5d
+@patch(as_prop=True)
+def source(self:NamedSource)->type:
+    "The class of torchvision."
+    from torchvision import datasets
+    return getattr(datasets, self.name)
 
-    def __call__(self,
-        splits:Sequence[str]=('train','test'), # Splits whose files are wanted, where they differ
-        **args # What the class takes, such as `train=True`
-    )->Any: # The dataset of torchvision
-        "Open the set, after getting it where it is missing."
-        try: return self.source(str(self.root), **args, download=False) if self.root.is_dir() else self.get(splits, **args)
-        except DataError: raise
-        except _FAILS: return self.get(splits, **args)
+@patch
+def __call__(self:NamedSource,
+    splits:Sequence[str]=('train','test'), # Splits whose files are wanted, where they differ
+    **args # What the class takes, such as `train=True`
+)->Any: # The dataset of torchvision
+    "Open the set, after getting it where it is missing."
+    try: return self.source(str(self.root), **args, download=False) if self.root.is_dir() else self.get(splits, **args)
+    except DataError: raise
+    except _FAILS: return self.get(splits, **args)
 
-# %% ../../nbs/10_data/15d_named_sources.ipynb #4faf2ba2
+# %% ../../nbs/10_data/15d_named_sources.ipynb #e689c4f4
 @patch
 def advice(self:NamedSource,
     why:str, # What went wrong, in words
@@ -83,6 +86,7 @@ def advice(self:NamedSource,
     where = ''.join(f'\n  {url}\n    -> {self.root/path}' for url,path,_ in files) or f" Run this where there is a network, and copy the folder `{self.root}`."
     return DataError(f"`{self.name}` is not in `{self.root}`, and {why}.{' Get these files by another way and put them there; they are unpacked when they are needed:' if files else ''}{where}")
 
+# %% ../../nbs/10_data/15d_named_sources.ipynb #efd17057
 @patch
 def get(self:NamedSource,
     splits:Sequence[str]=('train','test'), # Splits whose files are wanted, where they differ
@@ -100,6 +104,7 @@ def get(self:NamedSource,
         except _FAILS as e: raise self.advice(f'could not be downloaded: {e}', splits) from e
     return self.source(str(self.root), **args, download=False)
 
+# %% ../../nbs/10_data/15d_named_sources.ipynb #ac28e569
 def _md5(path):
     with path.open('rb') as f: return hashlib.file_digest(f, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 

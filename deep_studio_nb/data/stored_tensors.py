@@ -34,7 +34,7 @@ class StoredTensors(Tensors):
 
     def content_size(self, i): return self.x[0].nbytes
 
-# %% ../../nbs/10_data/15a_stored_tensors.ipynb #61d1ae4e
+# %% ../../nbs/10_data/15a_stored_tensors.ipynb #01d1f980
 @patch
 def _load_split(self:StoredTensors, split):
     "Make this the dataset of `split`, corrected."
@@ -49,12 +49,14 @@ def _load_split(self:StoredTensors, split):
     self._rows = torch.tensor(edits.keep)
     self.x,self.y = self.x[self._rows],self.y if self.y is None else self.y[self._rows]
 
+# %% ../../nbs/10_data/15a_stored_tensors.ipynb #2997a4ab
 @patch
 def _as_target(self:StoredTensors, to):
     "Turn `to`, as a journal writes it, into a target."
     if self.classes is None: return torch.tensor(to)
     return torch.tensor([float(o in to) for o in self.classes]) if isinstance(to, list) else self.classes.index(to)
 
+# %% ../../nbs/10_data/15a_stored_tensors.ipynb #b635d6e2
 @patch
 def split(self:StoredTensors,
     name:str # "train", "valid" or "test"
