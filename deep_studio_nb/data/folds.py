@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fastcore.basics import patch
 from ..common.errors import DataError, listed
-from ..common.randomness import derive
+from ..common.randomness import derive, seeded
 from ..common.tables import Table
 from .division import Division, class_of_each, divide, values_of, way_of
 from .division_pictures import draw_divisions
@@ -53,7 +53,7 @@ def _pooled(keys, counts, k):
 def _shuffled(n, k, keys, seed):
     "Divide `n` samples into `k` blocks."
     import numpy as np
-    from sklearn.model_selection import KFold, StratifiedKFold
+    with seeded(0): from sklearn.model_selection import KFold, StratifiedKFold   # importing it draws from Python's generator
     y = np.zeros(n, int) if keys is None else np.unique([str(o) for o in keys], return_inverse=True)[1]
     maker = KFold if keys is None else StratifiedKFold
     return [out.tolist() for _,out in maker(k, shuffle=True, random_state=derive(seed, 'folds') & 0x7fffffff).split(np.zeros((n,1)), y)]

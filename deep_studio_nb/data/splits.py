@@ -73,22 +73,29 @@ def _two(n, out):
     return [i for i in range(n) if i not in held],sorted(held)
 
 # %% ../../nbs/10_data/17_splits.ipynb #d774727a
-def _counts(keys):
-    "Count how often each of the sorted values of each list in `keys` occurs together: (groups, classes)."
+def _codes(values):
+    "Number the different `values` in sorted order; the number of each, and how many there are."
+    at = {k: i for i,k in enumerate(sorted(set(values), key=str))}
+    return [at[o] for o in values],len(at)
+
+def _counts(groups, keys):
+    "The number of each sample's group, and how often each class occurs in each group: (groups, classes)."
     import numpy as np
-    a,b = ([{k: i for i,k in enumerate(sorted(set(o), key=str))}[x] for x in o] for o in keys)
-    res = np.zeros((max(a)+1, max(b)+1))
-    np.add.at(res, (a,b), 1)
+    (a,n),(b,k) = _codes(groups),_codes(keys)
+    np.add.at(res := np.zeros((n,k)), (a,b), 1)
     return a,res
 
 def _walk(counts, order, want, spare):
     "Take the groups in `order` that bring the sums closer to `want`, all but `spare` at most; how far off they are, and those taken."
     import numpy as np
     scale = 1/np.maximum(counts.sum(0), 1)
-    off = lambda held: (scale*(want-held)**2).sum() + (want.sum()-held.sum())**2/counts.sum()
-    held,taken = np.zeros_like(want),[]
+    off = lambda held: float((scale*(want-held)**2).sum() + (want.sum()-held.sum())**2/counts.sum())
+    held,taken,now = np.zeros_like(want),[],off(np.zeros_like(want))
     for g in order:
-        if len(taken)<len(counts)-spare and off(held+counts[g])<off(held): held,taken = held+counts[g],[*taken,g]
+        if len(taken)>=len(counts)-spare: break
+        if (then := off(held+counts[g]))>=now: continue
+        held,now = held+counts[g],then
+        taken.append(g)
     if not taken: taken = [min(order, key=lambda g: off(counts[g]))]
     return off(counts[taken].sum(0)),taken
 
@@ -103,7 +110,7 @@ def hold_out_groups(
     "Choose whole groups with about `n_out` samples, each class about in proportion."
     n = len(groups)
     if not n_out: return _two(n, [])
-    mine,counts = _counts((groups, strata(targets) or [0]*n))
+    mine,counts = _counts(groups, strata(targets) or [0]*n)
     if len(counts)<=spare: raise DataError(f"All {n} samples belong to {'one group' if len(counts)==1 else f'{len(counts)} groups'}, {listed(dict.fromkeys(map(str, groups)), 3)}: none of them can be held out without dividing it.")
     tries = max(2, min(20, 100_000//len(counts)))
     orders = [torch.randperm(len(counts), generator=generator(seed, 'groups', t)).tolist() for t in range(tries)]
