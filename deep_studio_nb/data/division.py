@@ -7,6 +7,7 @@ __all__ = ['WAYS', 'values_of', 'Division', 'way_of', 'divide', 'class_of_each']
 
 # %% ../../nbs/10_data/17a_division.ipynb #4e3b9fc0
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,11 +173,11 @@ def class_of_each(
 @patch
 def table(self:Division)->Table: # A row a class, and one for all
     "Count the samples of each class in each part."
-    names = class_of_each(self.dataset)
-    rows = [('all',None), *((o,o) for o in (dict.fromkeys(self.dataset.classes or sorted(set(names))) if names else ()))]
-    count = lambda part,o: len(part) if o is None else sum(names[i]==o for i in part)
-    return Table({'class': name, **{p: count(part, o) for p,part in self.numbers.items()},
-                  **{f'{p} %': round(100*count(part, o)/max(1, sum(count(x, o) for x in self.numbers.values())), 1) for p,part in self.numbers.items() if p!='train'}} for name,o in rows)
+    names = class_of_each(self.dataset) or ()
+    counts = {p: Counter(names[i] for i in o) if names else {} for p,o in self.numbers.items()}
+    def row(name, n): return {'class': name, **n, **{f'{p} %': round(100*n[p]/max(1, sum(n.values())), 1) for p in n if p!='train'}}
+    rest = dict.fromkeys(self.dataset.classes or sorted(set(names))) if names else ()
+    return Table([row('all', {p: len(o) for p,o in self.numbers.items()}), *(row(o, {p: counts[p][o] for p in counts}) for o in rest)])
 
 @patch
 def _repr_html_(self:Division): return self.table()._repr_html_()

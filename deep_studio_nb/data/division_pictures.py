@@ -51,9 +51,8 @@ def draw_parts(
 def _colored(values):
     "Give each different value a colour; neighbours differ."
     from matplotlib import colormaps
-    kinds = list(dict.fromkeys(values))
-    shades = [colormaps['tab10'](k%10) for k in range(len(kinds))]
-    return [kinds.index(o) for o in values],shades
+    kinds = {o: k for k,o in enumerate(dict.fromkeys(values))}
+    return [kinds[o] for o in values],[colormaps['tab10'](k%10) for k in range(len(kinds))]
 
 # %% ../../nbs/10_data/17b_division_pictures.ipynb #91ddd910
 @patch
