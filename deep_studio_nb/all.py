@@ -30,7 +30,7 @@ from .common.pictures import *
 from .common.tables import *
 from .common.drawn_tables import *
 
-# %% ../nbs/80_front/80_all.ipynb #cc6f68d8
+# %% ../nbs/80_front/80_all.ipynb #22811a53
 from .data.samples import *
 from .data.tensors import *
 from .data.array_files import *
@@ -61,6 +61,8 @@ from .data.image_masks import *
 from .data.image_pairs import *
 from .data.cells import *
 from .data.columns import *
+
+# %% ../nbs/80_front/80_all.ipynb #a7beb59e
 from .data.presets import *
 from .data.column_values import *
 from .data.table_codes import *
@@ -91,6 +93,8 @@ from .data.split_files import *
 from .data.folds import *
 from .data.batches import *
 from .data.sampling import *
+
+# %% ../nbs/80_front/80_all.ipynb #4fa6b0b3
 from .data.workers import *
 from .data.keeping import *
 from .data.streams import *

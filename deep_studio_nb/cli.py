@@ -117,7 +117,7 @@ def predict(
 
     FILES are images and folders of them, or CSV, TSV or Parquet files, whatever the model was trained on."""
     from deep_studio_nb.evaluation.pictures_out import save_predictions
-    from deep_studio_nb.experiments.predict import load_trained
+    from deep_studio_nb.experiments.trained import load_trained
     ev,bad = load_trained(what, device=device).predict_files(files)
     if out and len(ev): print(f'{len(ev):,} predictions: {_short(save_predictions(ev, out))}')
     elif len(ev): print(ev.table(None))

@@ -55,7 +55,7 @@ def draw_table(
     fig = new_picture(max(sum(shares)*_LETTER, 1), _LINE*len(cells)+0.1)
     fig.set_layout_engine('none')
     ax = fig.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, sum(shares)), ylim=(len(cells), 0))
+    ax.set(xlim=(0, max(sum(shares), 1)), ylim=(len(cells), 0))
     ax.axis('off')
     for k,row in enumerate(cells):
         if k%2==0: ax.axhspan(k, k+1, color='0.87' if k==0 else '0.96', lw=0)

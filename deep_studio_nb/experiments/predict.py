@@ -20,7 +20,7 @@ from ..data.loaders import BaseDataLoader
 from ..data.transforms import build_transforms
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.rows import task_of_outputs, joined, kept
-from .trained import Trained, load_trained
+from .trained import Trained
 from ..training.passes import forward_test
 
 # %% ../../nbs/50_experiments/55a_predict.ipynb #556947ab

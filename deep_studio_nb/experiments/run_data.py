@@ -130,8 +130,10 @@ def bad_files(self:Splits) -> list[BadFile]: # Files, and what is wrong with eac
     "List what was left out of any split so far."
     found = {}
     for loader in self.there().values():
-        for o in getattr(loader, 'quarantine', ()): found[str(o.path)] = o
-        for id,reason in (getattr(getattr(loader, 'dataset', None), 'left_out', None) or {}).items(): found.setdefault(str(id), BadFile(Path(id), reason))
+        ds = getattr(loader, 'dataset', None)
+        root = Path(getattr(ds, 'data_dir', None) or '.')
+        known = [BadFile(root/id, reason) for id,reason in (getattr(ds, 'left_out', None) or {}).items()]
+        found |= {o.path: o for o in [*known, *getattr(loader, 'quarantine', ())]}
     return list(found.values())
 
 @patch
