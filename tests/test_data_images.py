@@ -310,7 +310,7 @@ def test_arrays_in_a_loader(tmp_path):
     xb, yb = next(iter(loader))
     assert (xb.shape, xb.dtype, loader.num_workers in (0, 'auto')) == ((8, 3, 8, 8), torch.float32, True)
     assert len(loader.split_test().dataset) == 8
-    assert sorted(loader.facts()['class_counts']) == [7, 7, 8, 8]
+    assert (sorted(loader.facts()['class_counts']), loader.facts()['mode']) == ([7, 7, 8, 8], 'RGB')
     flipped = ds.with_transforms(build_transforms(dict(train=['RandomHorizontalFlip']), 'image'))
     xb, yb = next(iter(BaseDataLoader(flipped, 40, shuffle=False)))
     want = torch.from_numpy(x).permute(0, 3, 1, 2)/255

@@ -7,6 +7,7 @@ __all__ = ['StoredTensors']
 
 # %% ../../nbs/10_data/15a_stored_tensors.ipynb #4d35d8c7
 from pathlib import Path
+from typing import Any
 import torch
 from fastcore.basics import patch
 from ..common.errors import DataError, listed
@@ -70,3 +71,10 @@ def split(self:StoredTensors,
         kept[name] = {o: getattr(res, o) for o in ('x','y','_part','_rows','left_out')}
     res.__dict__.update(kept[name])
     return res
+
+# %% ../../nbs/10_data/15a_stored_tensors.ipynb #83f8c5c5
+@patch
+def facts(self:StoredTensors)->dict[str,Any]: # As `Tensors.facts`, and `mode` where the inputs are pictures
+    "Tell what a model may want to know about the inputs and targets."
+    res = super(StoredTensors, self).facts()
+    return {**res, 'mode': 'L' if self.x.shape[1]==1 else 'RGB'} if self.kind=='image' else res
