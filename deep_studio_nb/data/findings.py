@@ -6,7 +6,7 @@
 __all__ = ['LEVELS', 'Finding', 'finding_lines', 'Report']
 
 # %% ../../nbs/10_data/19a_findings.ipynb #d693a7b8
-import base64, html, io, json, math
+import base64, html, io, json, math, re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,10 +123,12 @@ def __repr__(self:Report)->str: return str(self)
 # %% ../../nbs/10_data/19a_findings.ipynb #c0d12af4
 _COLORS = dict(error='#c0392b', warning='#d68910', note='#7f8c8d')
 
+def _said(text): return re.sub('`([^`]+)`', r'<code>\1</code>', html.escape(text))
+
 def _finding_html(finding):
     "Write `finding` as a row of a table."
     some = '<br>'.join(f'<code>{html.escape(o)}</code>' for o in _examples(finding, 4))
-    cells = [f'<b style="color:{_COLORS[finding.level]}">{finding.level}</b>', html.escape(finding.what), some, html.escape(finding.advice)]
+    cells = [f'<b style="color:{_COLORS[finding.level]}">{finding.level}</b>', _said(finding.what), some, _said(finding.advice)]
     return '<tr>' + ''.join(f'<td style="text-align:left;vertical-align:top">{o}</td>' for o in cells) + '</tr>'
 
 def _picture_html(name, draw):
