@@ -122,11 +122,11 @@ def remembered(
 )->list: # One value a path, in order
     "Find something out about files, computing it for those alone that are new or have changed."
     paths = list(paths)
-    marks = [_mark(o) for o in paths]
-    known = _look_up(kind, [_key(o) for o,m in zip(paths, marks) if m])
+    keys,marks = [_key(o) for o in paths],[_mark(o) for o in paths]
+    known = _look_up(kind, [o for o,m in zip(keys, marks) if m])
     values,missing = [None]*len(paths),[]
-    for i,(path,mark) in enumerate(zip(paths, marks)):
-        was,value = known.get(_key(path), (None,None))
+    for i,(key,mark) in enumerate(zip(keys, marks)):
+        was,value = known.get(key, (None,None))
         if mark and was==mark[0]: values[i] = value
         else: missing.append(i)
     report = lambda done: progress and progress(len(paths)-len(missing)+done, len(paths))
