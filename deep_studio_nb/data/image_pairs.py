@@ -147,11 +147,11 @@ def targets(self:ImagePairs)->None:
 def target_name(self:ImagePairs, y:Any)->str: return f'{y.shape[-1]}x{y.shape[-2]} picture'
 
 @patch
-def facts(self:ImagePairs)->dict[str,Any]: # As `ImageDataset.facts`, with `task` "image" and `out_channels`
+def facts(self:ImagePairs)->dict[str,Any]: # As `ImageDataset.facts`, with `task` "image", `out_channels`, and `scale` where the targets are larger
     "Tell what a model may want to know about inputs and targets."
     res = super(ImagePairs, self).facts()
     res.pop('out_features', None)
-    return {**res, 'task': 'image', 'out_channels': 1 if self.target_mode=='L' else 3}
+    return {**res, 'task': 'image', 'out_channels': 1 if self.target_mode=='L' else 3, **({} if self.scale==1 else dict(scale=self.scale))}
 
 @patch
 def _files_of(self:ImagePairs, i): return (self.files[i],) if self.make_input is not None else (self.files[i],self.labels[i])

@@ -10,10 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
-from ..common.errors import ConfigError, did_you_mean, listed
+from ..common.errors import ConfigError, DataError, did_you_mean, listed
 from ..data.bad_files import write_quarantine
 from ..data.image_files import BadFile
 from ..data.loaders import BaseDataLoader
+from ..data.plain_datasets import as_dataset
+from ..data.report import report_of
+from ..data.findings import Report
 from ..data.samples import BaseDataset
 from ..data.split_files import save_split
 from .run_folder import RunFolder
@@ -79,6 +82,16 @@ def told(self:Splits) -> str: # e.g. `1,257 train, 270 valid and 270 test sample
     words = [f'{n:,} {k}' for k,n in counts.items()]
     if not words: return 'data of its own loader'
     return f'{" and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)} sample{"s"*(max(counts.values())>1)}'
+
+# %% ../../nbs/50_experiments/52a_run_data.ipynb #23ebf0c0
+@patch
+def report(self:Splits,
+    show:bool=True # Whether to show progress
+) -> Report: # Shows itself, with pictures in a notebook
+    "Check the data of all splits: files, classes, copies, leaks, and what is odd."
+    sets = {k: as_dataset(o.dataset) for k,o in self.there().items() if hasattr(o, 'dataset')}
+    if not sets: raise DataError('This loader brings its own data, and has no `dataset` that could be looked at.')
+    return report_of(sets, show)
 
 # %% ../../nbs/50_experiments/52a_run_data.ipynb #bbfed9cb
 @patch
