@@ -123,7 +123,8 @@ def _settle(self:BaseDataLoader):
     "Decide who loads, and what is kept; once."
     self._settled,ds,shared = True,self.dataset,self._shared
     in_memory = ds.gather is not None
-    kept = shared.cache!='off' and ds.plan is not None and not in_memory and ds.cache is None
+    keeps = shared.cache in ('memory','disk') or shared.cache=='auto' and ds.stage!='test'
+    kept = keeps and ds.plan is not None and not in_memory
     cost = look_ahead(ds) if kept or self.num_workers=='auto' and not in_memory else Cost()
     n,how = choose_workers(ds, self.num_workers, shared.start, cost, self._given_collate)
     if kept: ds.cache = make_cache(ds, cost, shared.cache, shared.room, None if how=='threads' else how)
