@@ -62,7 +62,7 @@ def _mark(path):
 
 def _key(path): return os.fsencode(os.path.abspath(path))
 
-# %% ../../nbs/10_data/11a_bad_files.ipynb #e1f45e6b
+# %% ../../nbs/10_data/11a_bad_files.ipynb #11a3dc19
 def _today(): return int(time.time()//86400)
 
 def _look_up(kind, keys):
@@ -74,6 +74,7 @@ def _look_up(kind, keys):
         with suppress(ValueError): found[path] = (size,when),json.loads(value)
     return found
 
+# %% ../../nbs/10_data/11a_bad_files.ipynb #41c23569
 def _keep(kind, rows):
     "Keep `rows` of (key, (size, time), value); whether that was possible."
     rows = [(kind,key,*mark,_today(),json.dumps(value)) for key,mark,value in rows]
@@ -84,11 +85,12 @@ def _keep(kind, rows):
         return True
     return bool(_ask(keep))
 
+# %% ../../nbs/10_data/11a_bad_files.ipynb #ea266b7d
 def _forget_old(days=180):
     "Drop what was found more than `days` ago, so that the store does not grow for ever."
     _ask(lambda db: db.execute('DELETE FROM facts WHERE day<?', (_today()-days,)))
 
-# %% ../../nbs/10_data/11a_bad_files.ipynb #d387782f
+# %% ../../nbs/10_data/11a_bad_files.ipynb #11ed796d
 def _mapped(compute, paths, n_threads):
     "Give `compute(path)` for each of `paths`, in order; what has not begun when the caller stops never does."
     if n_threads==1 or len(paths)<2: return (yield from map(compute, paths))
@@ -96,6 +98,7 @@ def _mapped(compute, paths, n_threads):
     try: yield from pool.map(compute, paths)
     finally: pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/10_data/11a_bad_files.ipynb #42ba259c
 def _compute(kind, jobs, compute, n_threads, keep, report):
     "Compute the values of `jobs`, each (path, mark), keeping them on the way."
     new,res,since = [],[],time.monotonic()
@@ -135,7 +138,7 @@ def remembered(
     report(len(missing))
     return values
 
-# %% ../../nbs/10_data/11a_bad_files.ipynb #ba9b163c
+# %% ../../nbs/10_data/11a_bad_files.ipynb #c35164d3
 def _decodes(path):
     "Give why `path` cannot be read (None when it can), and whether that is for good."
     try: read_image(path, at_least=1)
@@ -149,6 +152,7 @@ def _decoding():
     from PIL import __version__
     return f'decodes, PIL {__version__}'
 
+# %% ../../nbs/10_data/11a_bad_files.ipynb #86503182
 def find_bad(
     paths:Iterable[str|Path], # Image files
     n_threads:int|None=None, # Files decoded at a time; None for one a core, at most 8
@@ -167,12 +171,13 @@ def remember_bad(
     marks = [(o,_mark(o.path)) for o in bad]
     if (rows := [(_key(o.path),m[0],[o.reason,True]) for o,m in marks if m and m[1]]): _keep(_decoding(), rows)
 
-# %% ../../nbs/10_data/11a_bad_files.ipynb #55ed6b15
+# %% ../../nbs/10_data/11a_bad_files.ipynb #f0eba8bc
 def _hash(path):
     try:
         with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
     except OSError as e: return [e.strerror or str(e)]
 
+# %% ../../nbs/10_data/11a_bad_files.ipynb #f8556d6f
 def file_hashes(
     paths:Iterable[str|Path], # Files
     on_bad:str='raise', # What to do with one that cannot be read: "raise", or "skip" to give an empty text for it

@@ -18,7 +18,7 @@ from .journal_lines import Entry
 from .label_journal import LabelJournal
 from .samples import STAGES, BaseDataset, Subset
 
-# %% ../../nbs/10_data/11g_corrections.ipynb #5a54fe0f
+# %% ../../nbs/10_data/11g_corrections.ipynb #673dad53
 @patch
 def content_ids(self:BaseDataset,
     indices:Iterable[int]|None=None # Numbers of samples; None for all
@@ -33,6 +33,7 @@ def content_size(self:BaseDataset,
     "Give the size of what a sample holds."
     return None
 
+# %% ../../nbs/10_data/11g_corrections.ipynb #c02b85d4
 @patch
 def content_ids(self:Subset, indices:Iterable[int]|None=None)->list[str]:
     return self.source.content_ids([int(self.indices[i]) for i in (range(len(self)) if indices is None else indices)])
@@ -40,13 +41,14 @@ def content_ids(self:Subset, indices:Iterable[int]|None=None)->list[str]:
 @patch
 def content_size(self:Subset, i:int)->int|None: return self.source.content_size(int(self.indices[i]))
 
-# %% ../../nbs/10_data/11g_corrections.ipynb #62d720b2
+# %% ../../nbs/10_data/11g_corrections.ipynb #221efed6
 def _takes_several(dataset):
     "Tell whether a sample of `dataset` has several labels."
     ys = dataset.targets()
     first = ys[0] if ys is not None and len(ys) else None
     return hasattr(first, '__len__') and not isinstance(first, str) and getattr(first, 'ndim', 1)>0
 
+# %% ../../nbs/10_data/11g_corrections.ipynb #e2494bb4
 def _label_problem(dataset, to):
     "Say why `to` cannot be a label of `dataset`, or nothing."
     if not getattr(dataset, 'relabels', True): return f"the targets of `{type(dataset).__name__}` are files: change those, or drop the sample"
@@ -58,7 +60,7 @@ def _label_problem(dataset, to):
     wrong = [o for o in (to if several else [to]) if o not in dataset.classes]
     return f"there is no class `{wrong[0]}`{did_you_mean(str(wrong[0]), dataset.classes) or '.'} Classes are {listed(dataset.classes)}" if wrong else None
 
-# %% ../../nbs/10_data/11g_corrections.ipynb #1d551004
+# %% ../../nbs/10_data/11g_corrections.ipynb #268a8f68
 def journal_file(
     journal:str|Path|None, # What a dataset was given: a path, "off", or None for the usual place
     folder:str|Path # Folder of the data
@@ -67,6 +69,7 @@ def journal_file(
     if journal in ('off',False): return None
     return Path(folder)/'labels_journal.jsonl' if journal is None else Path(journal)
 
+# %% ../../nbs/10_data/11g_corrections.ipynb #b71a4d37
 @dataclass
 class Edits:
     "What a journal says about the samples of a dataset."
@@ -75,7 +78,7 @@ class Edits:
     left_out:dict[str,str]=field(default_factory=dict) # Name of each sample that goes -> why
     def __bool__(self): return bool(self.labels or self.left_out)
 
-# %% ../../nbs/10_data/11g_corrections.ipynb #46341e71
+# %% ../../nbs/10_data/11g_corrections.ipynb #0e4dad55
 def _matches(dataset, entries):
     "Numbers of samples and the content of each, for those that `entries` may be about."
     sizes = {o.size for o in entries}
@@ -83,6 +86,7 @@ def _matches(dataset, entries):
     about = {o.content for o in entries}
     return [(i,o) for i,o in zip(some, dataset.content_ids(some)) if o in about]
 
+# %% ../../nbs/10_data/11g_corrections.ipynb #e1117940
 def _decide(dataset, entries):
     "Sort what `entries` in force say into `Edits`."
     last,single,res,gone = {o.content: o for o in entries if o.copies=='all'},{(o.content,o.id): o for o in entries if o.copies=='this'},Edits(),set()
@@ -118,7 +122,7 @@ def replay(
     if res: _log.info("%s: %d labels are changed, %d samples are left out.", file, len(res.labels), len(res.left_out))
     return res
 
-# %% ../../nbs/10_data/11g_corrections.ipynb #12592675
+# %% ../../nbs/10_data/11g_corrections.ipynb #d01702ba
 def _origin(dataset):
     "The dataset that `dataset` is a part of."
     while isinstance(dataset, Subset): dataset = dataset.source
@@ -135,6 +139,7 @@ def journal_of(
     if given is None and folder is None: raise DataError(f"`{type(ds).__name__}` comes from no folder, so it has no journal of labels.")
     return LabelJournal(journal_file(given, folder))
 
+# %% ../../nbs/10_data/11g_corrections.ipynb #51e9de95
 def _label(dataset, i):
     "The label of sample `i` as a journal writes it; None when it is not known without loading."
     ys = dataset.targets() if getattr(_origin(dataset), 'relabels', True) else None
@@ -144,7 +149,7 @@ def _label(dataset, i):
     if dataset.classes is None: return y if isinstance(y, (int,float)) else None
     return [o for o,on in zip(dataset.classes, y) if on] if isinstance(y, (list,tuple)) else dataset.classes[y] if isinstance(y, int) else None
 
-# %% ../../nbs/10_data/11g_corrections.ipynb #6b8c4170
+# %% ../../nbs/10_data/11g_corrections.ipynb #636fdda7
 @patch
 def relabel(self:BaseDataset,
     i:int, # Number of the sample, from 0
@@ -156,6 +161,7 @@ def relabel(self:BaseDataset,
     if (why := _label_problem(self, to)): raise DataError(f"Sample `{self.sample_id(i)}` cannot be relabelled: {why}.")
     return journal_of(self).relabel(self.content_id(i), to, was=_label(self, i), id=self.sample_id(i), size=self.content_size(i), note=note, by=by)
 
+# %% ../../nbs/10_data/11g_corrections.ipynb #10bc31e0
 @patch
 def drop(self:BaseDataset,
     i:int, # Number of the sample, from 0
@@ -201,7 +207,7 @@ def relabel_sample(
     ds,i = find_sample(dataset, name)
     return ds.relabel(i, _label_of_words(ds, to), note, by)
 
-# %% ../../nbs/10_data/11g_corrections.ipynb #284fa022
+# %% ../../nbs/10_data/11g_corrections.ipynb #893a87e8
 def drop_sample(
     dataset:BaseDataset, # Any split of the data
     name:str, # The sample's name, or a path that ends in it
@@ -213,6 +219,7 @@ def drop_sample(
     ds,i = find_sample(dataset, name)
     return ds.drop(i, note, copies, by)
 
+# %% ../../nbs/10_data/11g_corrections.ipynb #786dccc6
 def undo_edit(
     where:BaseDataset|str|Path, # The data, or the path of a journal
     entry:str|None=None, # Name of the line to take back; None for the last edit in force

@@ -21,7 +21,7 @@ from .plain_datasets import PlainDataset, as_dataset
 from .samples import STAGES, BaseDataset
 from .splits import held_out_count, hold_out, hold_out_groups, hold_out_latest, strata
 
-# %% ../../nbs/10_data/17a_division.ipynb #44abb304
+# %% ../../nbs/10_data/17a_division.ipynb #9d256bd5
 def _by_pattern(pattern, ids):
     "What the group in `pattern` matches in each of `ids`."
     try: rule = re.compile(pattern)
@@ -32,6 +32,7 @@ def _by_pattern(pattern, ids):
     if missing: raise DataError(f"`{pattern}` is not found in the names of {len(missing)} of {len(ids)} samples: {listed(missing, 3)}.")
     return [m[1] for m in found]
 
+# %% ../../nbs/10_data/17a_division.ipynb #4b04b5bf
 def _by_word(dataset, word):
     "The values that `word` stands for: a column, the folder, or a pattern for names."
     ids = lambda: [dataset.sample_id(i) for i in range(len(dataset))]
@@ -112,7 +113,7 @@ def way_of(
             raise DataError(f"`by` is \"{by}\" and `{name}` is not given. Say what to take: a column, \"folder\", a pattern for names, or the values." if by==word else f"`{name}` is given, but `by` is \"{by}\": leave one of them out.")
     return by
 
-# %% ../../nbs/10_data/17a_division.ipynb #8808326c
+# %% ../../nbs/10_data/17a_division.ipynb #ab1f048b
 def _choose(by, some, n_out, labels, values, seed):
     "Hold `n_out` of the samples `some` out; the two lists of numbers."
     if not n_out: return some,[]
@@ -123,6 +124,7 @@ def _choose(by, some, n_out, labels, values, seed):
     else: parts = hold_out(len(some), n_out, ys, seed)
     return tuple([some[i] for i in o] for o in parts)
 
+# %% ../../nbs/10_data/17a_division.ipynb #b3c8d343
 def _word(o): return o if o is None or isinstance(o, str) else getattr(o, '__name__', f'{len(o)} values' if hasattr(o, '__len__') else type(o).__name__)
 
 # %% ../../nbs/10_data/17a_division.ipynb #9c264f50

@@ -16,7 +16,7 @@ from .samples import STAGES, BaseDataset, natural_key
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
-# %% ../../nbs/10_data/17b_division_pictures.ipynb #396f9916
+# %% ../../nbs/10_data/17b_division_pictures.ipynb #a83203e4
 _COLORS = dict(train='#c9d6e3', valid='#f0a030', test='#c0392b', none='#ffffff')
 
 def _strip(ax, codes, colors, name):
@@ -26,6 +26,7 @@ def _strip(ax, codes, colors, name):
     ax.tick_params(length=0)
     ax.set_xticks([])
 
+# %% ../../nbs/10_data/17b_division_pictures.ipynb #a6aa8d51
 def draw_parts(
     rows:dict[str,dict[str,Sequence[int]]], # Name of a division -> its parts, as numbers of samples
     n:int, # How many samples there are
@@ -54,7 +55,7 @@ def _colored(values):
     kinds = {o: k for k,o in enumerate(dict.fromkeys(values))}
     return [kinds[o] for o in values],[colormaps['tab10'](k%10) for k in range(len(kinds))]
 
-# %% ../../nbs/10_data/17b_division_pictures.ipynb #91ddd910
+# %% ../../nbs/10_data/17b_division_pictures.ipynb #f159f8be
 @patch
 def draw(self:Division,
     groups:Any=None # What to draw below, in the words of `divide`; None for nothing but the classes
@@ -62,6 +63,7 @@ def draw(self:Division,
     "Draw which samples are in which part."
     return draw_divisions({'part': self.numbers}, self.dataset, groups)
 
+# %% ../../nbs/10_data/17b_division_pictures.ipynb #d41756e2
 def draw_divisions(
     rows:dict[str,dict[str,Sequence[int]]], # Name of a division -> its parts, as numbers of samples
     dataset:BaseDataset, # The samples

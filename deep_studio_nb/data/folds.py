@@ -25,12 +25,13 @@ from .splits import hold_out_groups, moments, strata
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
-# %% ../../nbs/10_data/17d_folds.ipynb #46b98650
+# %% ../../nbs/10_data/17d_folds.ipynb #54e06be1
 def _check_counts(**counts):
     "Refuse counts that are no whole numbers or too small."
     for name,(value,least) in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value<least: raise DataError(f"`{name}` is {value!r}. It is a whole number, at least {least}.")
 
+# %% ../../nbs/10_data/17d_folds.ipynb #bb928d47
 def _fold_keys(ys, k, names):
     "What to keep in proportion in `k` folds: the classes, each of which has to have `k` samples."
     keys = strata(ys)
@@ -43,13 +44,14 @@ def _fold_keys(ys, k, names):
     raise DataError(f"{k} folds are more than there are samples of {told}: every fold needs one of each class. Take at most {counts[few[0]]} folds, or `by=\"random\"`." if counts[few[0]]>1
                     else f"{k} folds are more than there are samples of {told}: every fold needs one of each class. Add samples, leave the class out, or take `by=\"random\"`.")
 
+# %% ../../nbs/10_data/17d_folds.ipynb #58550d6f
 def _pooled(keys, counts, k):
     "Put rare combinations of several labels together: those cannot be kept in proportion."
     most = counts.most_common(1)[0][0]
     res = [o if counts[o]>=k else -2 for o in keys]
     return [most if o==-2 else o for o in res] if res.count(-2)<k else res
 
-# %% ../../nbs/10_data/17d_folds.ipynb #eb0aa645
+# %% ../../nbs/10_data/17d_folds.ipynb #9a7ad007
 def _shuffled(n, k, keys, seed):
     "Divide `n` samples into `k` blocks."
     import numpy as np
@@ -58,6 +60,7 @@ def _shuffled(n, k, keys, seed):
     maker = KFold if keys is None else StratifiedKFold
     return [out.tolist() for _,out in maker(k, shuffle=True, random_state=derive(seed, 'folds') & 0x7fffffff).split(np.zeros((n,1)), y)]
 
+# %% ../../nbs/10_data/17d_folds.ipynb #aead9914
 def _grouped(groups, k, keys, seed):
     "Divide samples into `k` blocks of whole groups."
     left,blocks = list(range(len(groups))),[]
@@ -132,7 +135,7 @@ def folds(
     seeds = [seed if not r else derive(seed, r) for r in range(repeats)]
     return Folds(ds, [_shuffled(len(ds), k, keys, o) if mine is None else _grouped(mine, k, keys, o) for o in seeds], False, how)
 
-# %% ../../nbs/10_data/17d_folds.ipynb #07374b18
+# %% ../../nbs/10_data/17d_folds.ipynb #a15bcad3
 @patch
 def draw(self:Folds,
     groups:Any=None # What to draw below, in the words of `folds`; None for nothing but the classes
@@ -141,6 +144,7 @@ def draw(self:Folds,
     order = [i for o in self.blocks[0] for i in o] if self.in_order else None
     return draw_divisions({f'fold {j}': self.parts(j) for j in range(len(self))}, self.dataset, groups, order)
 
+# %% ../../nbs/10_data/17d_folds.ipynb #f67a68a3
 @patch
 def table(self:Folds)->Table: # A row a fold
     "Count the samples of each class that are held out."

@@ -106,7 +106,7 @@ def read_lines(
         except ValueError as e: problems.append(f'line {n}: {e}')
     return list(above.values()),problems
 
-# %% ../../nbs/10_data/11b_journal_lines.ipynb #4a2a919c
+# %% ../../nbs/10_data/11b_journal_lines.ipynb #d2e73a63
 def undos_in_force(
     entries:Iterable[Entry] # Lines of a journal, in order
 )->list[Entry]: # The undos that count, last first
@@ -118,6 +118,7 @@ def undos_in_force(
         res.append(o)
     return res
 
+# %% ../../nbs/10_data/11b_journal_lines.ipynb #40c49a4d
 def in_force(
     entries:Iterable[Entry] # Lines of a journal, in order
 )->list[Entry]: # The edits that count, in order

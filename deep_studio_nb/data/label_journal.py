@@ -18,7 +18,7 @@ from ..common.logs import get_logger
 from ..common.tables import Table
 from .journal_lines import Entry, conflicts, in_force, label_text, read_lines, undos_in_force
 
-# %% ../../nbs/10_data/11f_label_journal.ipynb #b5b5a6b8
+# %% ../../nbs/10_data/11f_label_journal.ipynb #3c45d2a4
 _log = get_logger('data')
 
 def _torn(data):
@@ -28,6 +28,7 @@ def _torn(data):
     except ValueError: return len(tail)
     return 0
 
+# %% ../../nbs/10_data/11f_label_journal.ipynb #f981025a
 class LabelJournal:
     "Corrections of labels, one a line, in a file that only grows."
     def __init__(self,
@@ -42,7 +43,7 @@ class LabelJournal:
         except FileNotFoundError: return []
         except OSError as e: raise DataError(f"`{self.path}` cannot be read: {e.strerror or e}.") from e
 
-# %% ../../nbs/10_data/11f_label_journal.ipynb #eb8a67a3
+# %% ../../nbs/10_data/11f_label_journal.ipynb #e658524d
 @patch
 def _parse(self:LabelJournal, data):
     torn = _torn(data)
@@ -53,18 +54,20 @@ def _parse(self:LabelJournal, data):
     more = f'\n  and {len(problems)-5} more' if len(problems)>5 else ''
     raise DataError(f"`{self.path}` cannot be used:\n  " + '\n  '.join(problems[:5]) + more)
 
+# %% ../../nbs/10_data/11f_label_journal.ipynb #6867e50b
 @patch
 def in_force(self:LabelJournal)->list[Entry]: # In order
     "Read the edits that count."
     return in_force(self.entries())
 
-# %% ../../nbs/10_data/11f_label_journal.ipynb #0e91d495
+# %% ../../nbs/10_data/11f_label_journal.ipynb #a8d0b6ed
 def _lock(handle):
     "Lock an open file, where the system has such locks; it is let go when the file is closed."
     try: import fcntl
     except ImportError: return   # Windows: a line is added in one call
     with suppress(OSError): fcntl.flock(handle, fcntl.LOCK_EX)   # some network file systems cannot
 
+# %% ../../nbs/10_data/11f_label_journal.ipynb #c91e329c
 @contextmanager
 def _locked(path)->Iterator[int]:
     "Open the journal for one writer."
@@ -77,7 +80,7 @@ def _locked(path)->Iterator[int]:
     try: yield handle
     finally: os.close(handle)
 
-# %% ../../nbs/10_data/11f_label_journal.ipynb #1b904090
+# %% ../../nbs/10_data/11f_label_journal.ipynb #1649cc4e
 def _append(handle, data, line):
     "Add `line` to the open file that holds `data`: all of it or nothing."
     size = len(data)-_torn(data)
@@ -90,6 +93,7 @@ def _append(handle, data, line):
         os.ftruncate(handle, size)
         raise
 
+# %% ../../nbs/10_data/11f_label_journal.ipynb #a71ed8ea
 @patch
 def _write(self:LabelJournal, make):
     "Add the line that `make` makes of the entries there are; none when it gives back one of them."
@@ -103,13 +107,14 @@ def _write(self:LabelJournal, make):
     except OSError as e: raise RunError(f"The correction was not kept: `{self.path}` could not be written ({e.strerror or e}). Give a `journal` in another folder.") from e
     return entry
 
-# %% ../../nbs/10_data/11f_label_journal.ipynb #ff0e91ce
+# %% ../../nbs/10_data/11f_label_journal.ipynb #dea7a78a
 def _as_line(entry):
     "Write `entry` as a line of the file, without what is not said."
     o = dict(entry=entry.entry, time=entry.time, op=entry.op, undoes=entry.undoes, content=entry.content, id=entry.id,
              **{'from': entry.was}, to=entry.to, copies=entry.copies if entry.copies!='all' else '', size=entry.size, by=entry.by, note=entry.note)
     return json.dumps({k: v for k,v in o.items() if v not in ('', None)}, ensure_ascii=False).encode() + b'\n'
 
+# %% ../../nbs/10_data/11f_label_journal.ipynb #dbb80ce6
 def _who():
     "Name the user; nothing where nobody knows."
     try: return getpass.getuser()

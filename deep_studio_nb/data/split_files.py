@@ -31,7 +31,7 @@ def places(
     first = next(i for i,o in enumerate(ids) if res[o]!=i)
     raise DataError(f"`{ids[first]}` is the name of two samples, number {first} and {res[ids[first]]}: a saved split needs names that differ ({len(ids)-len(res)} are there more than once).")
 
-# %% ../../nbs/10_data/17c_split_files.ipynb #7edd6e7f
+# %% ../../nbs/10_data/17c_split_files.ipynb #e7165859
 SPLIT_FORMAT = 'deep_studio_nb split 1'
 
 def _given(division):
@@ -39,6 +39,7 @@ def _given(division):
     parts = {o: division.part(o) for o in STAGES if o not in division.numbers}
     return {k: list(places(o)) for k,o in parts.items() if o is not None}
 
+# %% ../../nbs/10_data/17c_split_files.ipynb #2b61bdbc
 def save_split(
     path:str|Path, # Where the file shall be, such as splits/a.json
     what:Any # A `Division`, or `Folds`
@@ -52,6 +53,7 @@ def save_split(
     else: res.update(in_order=what.in_order, blocks=[[[names[i] for i in o] for o in some] for some in blocks])
     return write_json(path, res, indent=1)
 
+# %% ../../nbs/10_data/17c_split_files.ipynb #1f5df7d6
 @patch
 def save(self:Division,
     path:str|Path # Where the file shall be, such as splits/a.json
@@ -59,7 +61,7 @@ def save(self:Division,
     "Write to a file which sample is in which part."
     return save_split(path, self)
 
-# %% ../../nbs/10_data/17c_split_files.ipynb #2ef3f7f8
+# %% ../../nbs/10_data/17c_split_files.ipynb #f9d6e4fe
 @dataclass
 class SavedSplit:
     "Which sample is in which part, by name."
@@ -71,6 +73,7 @@ class SavedSplit:
     data:dict[str,Any]=field(default_factory=dict) # What it was made of: number of samples, fingerprint, classes
     def __len__(self): return len(self.rows)
 
+# %% ../../nbs/10_data/17c_split_files.ipynb #6e39a124
 def _line(text, name, nth):
     "The line on which `name` stands for the `nth` time."
     found = [i for i,o in enumerate(text.splitlines(), 1) if o.strip().rstrip(',')==json.dumps(name, ensure_ascii=False)]
@@ -86,12 +89,13 @@ def _check_names(path, text, lists):
             if o in seen: raise DataError(f"`{path}`{_line(text, o, 2)} cannot be used: `{o}` is there twice, and a sample has one place.")
             seen.add(o)
 
-# %% ../../nbs/10_data/17c_split_files.ipynb #72fb7613
+# %% ../../nbs/10_data/17c_split_files.ipynb #76875a5e
 def _expand(blocks, in_order):
     "The parts of each fold: a block is held out, the others (or, in order of time, those before it) are trained on."
     if not in_order: return [dict(train=[o for j,b in enumerate(some) if j!=k for o in b], valid=list(some[k])) for some in blocks for k in range(len(some))]
     return [dict(train=[o for b in some[:k] for o in b], valid=list(some[k])) for some in blocks for k in range(1, len(some))]
 
+# %% ../../nbs/10_data/17c_split_files.ipynb #e89b3a21
 def _read(path):
     "Read the file and what JSON makes of it."
     try: text = path.read_text(encoding='utf-8-sig')
@@ -119,7 +123,7 @@ def load_split(
     rows = _expand(o['blocks'], o.get('in_order')) if 'blocks' in o else [o['parts']]
     return SavedSplit(path, rows, 'blocks' in o, o.get('given', {}), o.get('how', {}), o.get('data', {}))
 
-# %% ../../nbs/10_data/17c_split_files.ipynb #30d3fb6c
+# %% ../../nbs/10_data/17c_split_files.ipynb #7c46b16a
 _log = get_logger('data')
 
 def _check_same(path, names, there, left_out, what='the data'):
@@ -131,6 +135,7 @@ def _check_same(path, names, there, left_out, what='the data'):
         raise DataError(f"`{path}` is a split of other data: {' and '.join(words)}. Make a new split, or use the data that it was made of.")
     if missing: _log.info("%d samples of `%s` have been left out of %s since: %s.", len(missing), path, what, listed(missing, 3))
 
+# %% ../../nbs/10_data/17c_split_files.ipynb #93909b2c
 def _check_given(saved, ds):
     "Refuse data that comes with other splits than those that were saved."
     for name,ids in saved.given.items():
@@ -138,7 +143,7 @@ def _check_given(saved, ds):
         if part is None: raise DataError(f"`{saved.path}` was made of data with a {name} split of its own, which this data does not have.")
         _check_same(saved.path, dict.fromkeys(ids), places(part), getattr(part, 'left_out', {}), f'the {name} split of the data')
 
-# %% ../../nbs/10_data/17c_split_files.ipynb #1acceef1
+# %% ../../nbs/10_data/17c_split_files.ipynb #7f3f1ed2
 @patch
 def _row(self:SavedSplit, fold):
     "The parts of `fold`."
@@ -149,6 +154,7 @@ def _row(self:SavedSplit, fold):
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0<=fold<len(self): raise DataError(f"{want}, and it is {fold!r}.")
     return self.rows[fold]
 
+# %% ../../nbs/10_data/17c_split_files.ipynb #acbe1d4a
 @patch
 def apply(self:SavedSplit,
     dataset:Any, # The data that the split was made of

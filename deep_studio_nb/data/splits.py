@@ -72,7 +72,7 @@ def _two(n, out):
     held = set(out)
     return [i for i in range(n) if i not in held],sorted(held)
 
-# %% ../../nbs/10_data/17_splits.ipynb #d774727a
+# %% ../../nbs/10_data/17_splits.ipynb #8f7a10c8
 def _codes(values):
     "Number the different `values` in sorted order; the number of each, and how many there are."
     at = {k: i for i,k in enumerate(sorted(set(values), key=str))}
@@ -85,6 +85,7 @@ def _counts(groups, keys):
     np.add.at(res := np.zeros((n,k)), (a,b), 1)
     return a,res
 
+# %% ../../nbs/10_data/17_splits.ipynb #42eb6bf3
 def _walk(counts, order, want, spare):
     "Take the groups in `order` that bring the sums closer to `want`, all but `spare` at most; how far off they are, and those taken."
     import numpy as np
@@ -118,7 +119,7 @@ def hold_out_groups(
     taken = set(taken)
     return _two(n, [i for i,g in enumerate(mine) if g in taken])
 
-# %% ../../nbs/10_data/17_splits.ipynb #53db45f8
+# %% ../../nbs/10_data/17_splits.ipynb #0a0fab28
 def _moment(o):
     "Turn a time of any kind into a number; a `ValueError` when it is none."
     if str(getattr(o, 'dtype', '')).startswith('datetime64'): o = str(o)[:26]   # numpy says nanoseconds
@@ -131,6 +132,7 @@ def _moment(o):
     if not isinstance(o, datetime): o = datetime.combine(o, time())
     return (o if o.tzinfo else o.replace(tzinfo=timezone.utc)).timestamp(),'date'
 
+# %% ../../nbs/10_data/17_splits.ipynb #a38a4b41
 def moments(
     times:Sequence[Any] # All numbers, or all dates or texts such as "2024-05-01" or "2024-05-01 13:00"
 )->list[float]: # Numbers that sort as the times do
