@@ -54,10 +54,17 @@ def _listed_pictures(rows, path, target, roots):
     labels = None if target is None else [o or '(none)' for o in rows.texts(target)]
     return PictureSet(rows.title, [f'{rows.name(i)} {o}' for i,o in enumerate(names)], list(rows.splits), labels, [next(files[o]) for o in rows.splits], findings=rows.findings)
 
+def _as_data(name, s):
+    "Whether the name of a column looks like one of its values: None where that cannot be said."
+    is_number = name.lstrip('+-').replace('.', '', 1).isdigit()
+    if s.values and s.numbers>=0.9*s.values: return is_number and not (name.isdigit() and 1900<=int(name)<=2100)   # years are usual as names
+    if s.distinct<0.5*s.values: return name in s.counts
+    return None if name.count(' ')>1 else False
+
 def _headless(rows):
-    "Whether the first line of the file was data: its cells come again below."
-    first = rows.seen.get('train') or {}
-    return any(o in s.counts and s.distinct<0.5*s.values for o,s in first.items()) or any(o.replace('.', '', 1).isdigit() for o in rows.columns)
+    "Whether the first line of the file was data: all its cells look like those below, and some come again."
+    found = [_as_data(o, s) for o,s in (rows.seen.get('train') or {}).items()]
+    return True in found and False not in found
 
 # %% ../../nbs/10_data/19n_row_checks.ipynb #792361e3
 def check_rows(
