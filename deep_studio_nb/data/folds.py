@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fastcore.basics import patch
 from ..common.errors import DataError, listed
-from ..common.randomness import derive, seeded
+from ..common.randomness import derive, generator, seeded
 from ..common.tables import Table
 from .division import Division, class_of_each, divide, values_of, way_of
 from .division_pictures import draw_divisions
 from .plain_datasets import as_dataset
 from .samples import BaseDataset
 from .split_files import save_split
-from .splits import hold_out_groups, moments, strata
+from .splits import group_counts, moments, strata
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
@@ -61,14 +61,24 @@ def _shuffled(n, k, keys, seed):
     return [out.tolist() for _,out in maker(k, shuffle=True, random_state=derive(seed, 'folds') & 0x7fffffff).split(np.zeros((n,1)), y)]
 
 # %% ../../nbs/10_data/17d_folds.ipynb #aead9914
+def _deal(counts, k, order):
+    "Deal the groups in `order` to `k` blocks; how uneven they are, and the block of each group."
+    import numpy as np
+    scale,held,block = 1/counts.sum(0).clip(1),np.zeros((k,counts.shape[1])),np.zeros(len(counts), int)
+    for g in order:
+        block[g] = ((2*held*counts[g] + counts[g]**2)*scale).sum(1).argmin()
+        held[block[g]] += counts[g]
+    return (held**2*scale).sum(),block
+
 def _grouped(groups, k, keys, seed):
     "Divide samples into `k` blocks of whole groups."
-    left,blocks = list(range(len(groups))),[]
-    for j in range(k-1):
-        rest,out = hold_out_groups([groups[i] for i in left], len(left)//(k-j), keys and [keys[i] for i in left], derive(seed, j), spare=k-1-j)
-        blocks.append([left[i] for i in out])
-        left = [left[i] for i in rest]
-    return [*blocks,left]
+    import numpy as np
+    mine,counts = group_counts(groups, keys or [0]*len(groups))
+    counts = np.concatenate([counts, counts.sum(1, keepdims=True)], 1)
+    tries = max(2, min(20, 100_000//len(counts)))
+    noise = [torch.rand(len(counts), generator=generator(seed, 'folds', t)).numpy() for t in range(tries)]
+    _,block = min((_deal(counts, k, np.argsort(-counts[:,-1]*(0.5+o))) for o in noise), key=lambda o: o[0])
+    return [[i for i,g in enumerate(mine) if block[g]==j] for j in range(k)]
 
 # %% ../../nbs/10_data/17d_folds.ipynb #a8c56296
 def _in_time(times, k):
