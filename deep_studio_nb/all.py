@@ -112,6 +112,7 @@ from .data.report_rows import *
 from .data.column_findings import *
 from .data.table_report import *
 from .data.text_report import *
+from .data.row_checks import *
 from .data.report import *
 
 # %% ../nbs/80_front/80_all.ipynb #737d645f

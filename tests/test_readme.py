@@ -44,7 +44,7 @@ def test_the_commands_exist():
     from typer.testing import CliRunner
     from deep_studio_nb.cli import app
     for line in set(re.findall(r'`deep-studio ([a-z].*?)`', README)):
-        shown = CliRunner().invoke(app, [line.split()[0], '--help'])
+        shown = CliRunner().invoke(app, [*line.split()[:2 if line.startswith('data ') else 1], '--help'])
         assert shown.exit_code==0, line
         for option in re.findall(r'--[\w-]+', line): assert option in shown.output, line
 
