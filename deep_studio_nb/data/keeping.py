@@ -26,7 +26,7 @@ class Cost:
 
 def look_ahead(
     dataset:BaseDataset, # As it is used
-    n:int=8, # Samples to look at, at most
+    n:int=4, # Samples to look at, at most
     seconds:float=0.2 # When to stop looking
 )->Cost: # Means over these samples
     "Measure some samples of `dataset`."
