@@ -29,7 +29,7 @@ def shortened(
 # %% ../../nbs/00_common/09d_drawn_tables.ipynb #d4e55cb6
 def _shares(cells, total):
     "Columns of Latin letters for each column of a table that is `total` of them wide."
-    need = [max(map(text_width, o))+2 for o in zip(*cells)]
+    need = [max(round(1.2*text_width(head)), *map(text_width, rest), 0)+2 for head,*rest in zip(*cells)]   # a head is bold, so wider
     if sum(need)<=total: return need
     res,left,room = [0]*len(need),set(range(len(need))),total
     while left:
