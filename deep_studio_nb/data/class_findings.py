@@ -18,7 +18,7 @@ from .samples import STAGES, natural_key
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
-# %% ../../nbs/10_data/19e_class_findings.ipynb #575e8161
+# %% ../../nbs/10_data/19e_class_findings.ipynb #2b4251b2
 def in_order(
     splits:Iterable[str] # Names of splits, repeated or not
 )->list[str]: # Each once: train, valid, test, then the others
@@ -26,6 +26,7 @@ def in_order(
     names = set(splits)
     return [o for o in STAGES if o in names] + sorted(names-set(STAGES))
 
+# %% ../../nbs/10_data/19e_class_findings.ipynb #415a1972
 def _each(labels): return labels if isinstance(labels, (list,tuple,set,frozenset)) else (labels,)
 
 def count_classes(
