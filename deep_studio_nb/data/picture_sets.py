@@ -32,7 +32,7 @@ class PictureSet:
 
     def __len__(self): return len(self.names)
 
-# %% ../../nbs/10_data/19g_picture_sets.ipynb #23d82bda
+# %% ../../nbs/10_data/19g_picture_sets.ipynb #96d3eb72
 _UNREAD = frozenset('.heic .heif .avif .svg .psd .jp2 .dng .nef .cr2 .arw .raw .dcm .npy'.split())
 _MAGIC = b'\xff\xd8\xff',b'\x89PNG',b'GIF8',b'BM'
 
@@ -44,6 +44,7 @@ def _is_picture(path):
         with path.open('rb') as f: return f.read(4).startswith(_MAGIC)
     except OSError: return False
 
+# %% ../../nbs/10_data/19g_picture_sets.ipynb #a13a87d9
 def _hidden(folder):
     "Images below `folder` that are passed over, because they or their folder are hidden."
     res = []
