@@ -48,7 +48,7 @@ class RowSet:
         place = self.places[self.splits[i]]
         return f'{place}{"" if place.endswith(":") else " "}{self.lines[i]}'
 
-# %% ../../nbs/10_data/19j_report_rows.ipynb #b1147408
+# %% ../../nbs/10_data/19j_report_rows.ipynb #f5c198b4
 @patch
 def texts(self:RowSet,
     column:str # Its name
@@ -57,6 +57,7 @@ def texts(self:RowSet,
     words = list(self.words[column])
     return [words[o] for o in self.codes[column]]
 
+# %% ../../nbs/10_data/19j_report_rows.ipynb #cb709060
 @patch
 def missing(self:RowSet,
     column:str # Its name
@@ -66,6 +67,7 @@ def missing(self:RowSet,
     gone = np.array([o is None or is_missing(o) for o in self.words[column]], dtype=bool)
     return gone[np.frombuffer(self.codes[column], np.int32)] if len(self) else gone[:0]
 
+# %% ../../nbs/10_data/19j_report_rows.ipynb #65b182cf
 @patch
 def keys(self:RowSet,
     columns:Sequence[str] # Those that count
@@ -78,7 +80,7 @@ def keys(self:RowSet,
         res += table[np.frombuffer(self.codes[o], np.int32)]
     return res
 
-# %% ../../nbs/10_data/19j_report_rows.ipynb #4c411e2d
+# %% ../../nbs/10_data/19j_report_rows.ipynb #75bae6d9
 _HOW_BAD = dict(header='error', ragged='error', encoding='error', empty='error', quotes='warning')
 _ADVICE = dict(header='Rename one of the columns.', ragged='Put cells that hold the separator in quotes, or mend those lines.', encoding='Save the file as UTF-8, or name its `encoding`.',
                empty='Was the file cut off?', quotes='Close the quote, or read the file with `quoting: off`.')
@@ -90,6 +92,7 @@ def _file_findings(table, split):
     return [Finding(_HOW_BAD.get(k, 'warning'), f'file_{k}', f'`{table.name}` ' + (f'has {len(some):,} faulty lines: line {some[0].line} ' if len(some)>1 and some[0].line else f'line {some[0].line} ' if some[0].line else '') + some[0].what.split('. A cell that')[0].rstrip('.')[:160] + '.',
                     split, len(some), [f'line {o.line}' for o in some if o.line], _ADVICE.get(k, '')) for k,some in by.items()]
 
+# %% ../../nbs/10_data/19j_report_rows.ipynb #53764774
 def _add(rows, table, split, split_column):
     "Append the rows of one file."
     seen = rows.seen.setdefault(split, {o: ColumnSummary(o) for o in rows.columns})
@@ -103,11 +106,12 @@ def _add(rows, table, split, split_column):
             if marks is None: seen[o].see(chunk[o], chunk.lines)
     if split_column: _summarise(rows)
 
-# %% ../../nbs/10_data/19j_report_rows.ipynb #e7793089
+# %% ../../nbs/10_data/19j_report_rows.ipynb #e6503de2
 def _split_of(word):
     "The split that a cell of the split column names; the word itself when it is none."
     return split_named(word) or word.strip()
 
+# %% ../../nbs/10_data/19j_report_rows.ipynb #653c9324
 def _summarise(rows):
     "Summaries of each split of a file that has them in a column."
     rows.seen = {}
@@ -118,6 +122,7 @@ def _summarise(rows):
             texts = rows.texts(o)
             rows.seen[split][o].see([texts[i] or '' for i in at], [rows.lines[i] for i in at])
 
+# %% ../../nbs/10_data/19j_report_rows.ipynb #ce21ae15
 def _other_columns(tables):
     "Findings about files whose columns differ from those of the first one."
     (_,first),*rest = tables.items()
@@ -128,7 +133,7 @@ def _other_columns(tables):
         if new: res.append(Finding('note', 'columns', f'`{o.name}` has {len(new)} columns that `{first.name}` has not.', split, len(new), new, 'They are not used.'))
     return res
 
-# %% ../../nbs/10_data/19j_report_rows.ipynb #fd781ee7
+# %% ../../nbs/10_data/19j_report_rows.ipynb #eeb86bd3
 def read_rows(
     sources:Mapping[str,Any], # Split -> file or data frame, training first
     split_column:str|None=None, # Column that says train, valid or test
@@ -155,6 +160,7 @@ def read_rows(
     res.findings = found + _other_columns(tables) + ([o for o in [_bad_words(res)] if o] if split_column else [])
     return res
 
+# %% ../../nbs/10_data/19j_report_rows.ipynb #11cd5c67
 def _bad_words(rows):
     odd = sorted(set(rows.splits)-set(STAGES))
     return Finding('error', 'split_words', 'The split column holds words that are no splits.', '', len(odd), odd, f'It says {", ".join(STAGES)}.') if odd else None
