@@ -56,7 +56,7 @@ def _pair_findings(pics, pairs):
              ('note','look_alikes','of one class in one split','A random split may tear them apart; hold them out together if they show the same thing.')]
     return [Finding(level, kind, f'{len(o):,} pair{"s" if len(o)>1 else ""} of pictures {where} look{"" if len(o)>1 else "s"} the same.', '', len(o), o, advice) for o,(level,kind,where,advice) in zip(groups, words) if o]
 
-# %% ../../nbs/10_data/19i_image_report.ipynb #d4439a71
+# %% ../../nbs/10_data/19i_image_report.ipynb #febdb69c
 def _image(pics, i, side=128):
     "Picture `i`, small enough to be shown with many."
     im = read_image(pics.paths[i], at_least=side) if pics.paths is not None else pics.load(i).convert('RGB')
@@ -65,6 +65,7 @@ def _image(pics, i, side=128):
 
 def _short(name, n=24): return name if len(name)<=n else '...'+name[-n+3:]
 
+# %% ../../nbs/10_data/19i_image_report.ipynb #27577e5e
 def draw_pairs(
     pics:PictureSet, # The pictures
     pairs:Sequence[tuple[int,...]], # Two numbers of pictures each, perhaps with how alike they are
@@ -74,6 +75,7 @@ def draw_pairs(
     shown = [i for o in pairs[:n] for i in o[:2]]
     return image_grid([_image(pics, i) for i in shown], [f'{pics.splits[i]}\n{_short(pics.names[i])}' for i in shown], ncols=4, size=1.7)
 
+# %% ../../nbs/10_data/19i_image_report.ipynb #45a83c9e
 def draw_sizes(
     facts:Sequence[PictureFacts], # One a picture
     splits:Sequence[str] # Split of each picture
