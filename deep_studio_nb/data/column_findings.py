@@ -12,7 +12,7 @@ from .columns import guess_role
 from .findings import Finding
 from .report_rows import RowSet
 
-# %% ../../nbs/10_data/19k_column_findings.ipynb #68b4c651
+# %% ../../nbs/10_data/19k_column_findings.ipynb #f8aa64db
 def roles_of(
     rows:RowSet # Rows of all splits
 )->dict[str,tuple[str,str]]: # Column -> role and why, as `guess_role` says for the first split
@@ -24,12 +24,14 @@ def _listed_finding(level, kind, what, columns, advice):
     n = len(columns)
     return [Finding(level, kind, what.format(n=f'{n} column{"s" if n>1 else ""}', are='are' if n>1 else 'is', have='have' if n>1 else 'has', s='' if n>1 else 's'), '', n, [f'{k}: {v}' for k,v in columns.items()], advice)] if n else []
 
+# %% ../../nbs/10_data/19k_column_findings.ipynb #6ff49906
 def _useless(roles, target):
     "Columns that are constant, or only number the rows."
     of = lambda kind: {k: why for k,(r,why) in roles.items() if r==kind and k!=target}
     return [*_listed_finding('warning', 'constant', '{n} never change{s}.', of('constant'), 'Nothing can be learned from them: drop them, or find out why they stand still.'),
             *_listed_finding('note', 'id_like', '{n} look{s} like an id: the values tell rows apart.', of('id'), 'They are left out as inputs; name them under `numbers` or `categories` if they mean something.')]
 
+# %% ../../nbs/10_data/19k_column_findings.ipynb #28e295ee
 def _gaps(rows, target):
     "Columns with missing values, few or most."
     n = len(rows)
@@ -40,7 +42,7 @@ def _gaps(rows, target):
     return [*_listed_finding('warning', 'mostly_missing', '{n} {are} empty in most rows.', most, 'Drop what is empty, unless it means something that a value is there at all.'),
             *_listed_finding('note', 'missing', '{n} {have} missing values.', some, 'Numbers get the median and a column that says so, categories an own word.')]
 
-# %% ../../nbs/10_data/19k_column_findings.ipynb #d5cd18b6
+# %% ../../nbs/10_data/19k_column_findings.ipynb #e35bf262
 _STAND_INS = frozenset([-9999., -999., -99., -1., 999., 9999., 99999.])
 _HOLES = frozenset('- -- . none unknown n.a. missing tbd 없음 미상 모름 해당없음'.split())
 
@@ -58,6 +60,7 @@ def _mixed_cells(rows, split, roles, target):
                            f'Mend the cells, or say what they are: `missing: [{s.others[0]!r}]` for no value, `categories: [{o}]` to take all for words.'))
     return res
 
+# %% ../../nbs/10_data/19k_column_findings.ipynb #71d9ce64
 def _stand_ins(s):
     "The number, far from all others, that stands for a missing one; None if there is none."
     numbers = {float(k): n for k,n in s.counts.items() if k and k.lstrip('+-').replace('.', '', 1).isdigit()}
@@ -66,7 +69,7 @@ def _stand_ins(s):
         far = bool(rest) and (v<min(rest) or v>max(rest)) and min(abs(v-min(rest)), abs(v-max(rest)))>0.5*(max(rest)-min(rest))+1
         if far and len(rest)>4 and numbers[v]>=max(3, 0.005*s.values): return v,numbers[v]
 
-# %% ../../nbs/10_data/19k_column_findings.ipynb #d21074ce
+# %% ../../nbs/10_data/19k_column_findings.ipynb #760b5047
 def _odd_cells(rows, split, roles, target):
     "Numbers and words that stand for no value; categories that may be the same."
     ins,holes,same = {},{},{}
@@ -82,6 +85,7 @@ def _odd_cells(rows, split, roles, target):
             *_listed_finding('note', 'holes', '{n} {have} words that seem to mean "no value".', holes, 'Give them under `missing` if they do.'),
             *_listed_finding('warning', 'category_names', '{n} {have} categories that differ only in case, blanks or spelling.', same, 'Write them alike: each spelling is a category of its own.')]
 
+# %% ../../nbs/10_data/19k_column_findings.ipynb #29200a06
 def _outliers(rows, split, roles):
     "Numbers that are very far from the rest."
     import numpy as np
@@ -94,6 +98,7 @@ def _outliers(rows, split, roles):
         if 0<len(out)<=max(1, 0.001*len(v)) and high>low: far[o] = ', '.join(f'{v[i]:g} ({rows.name(int(i))})' for i in out[:3])
     return _listed_finding('note', 'outliers', '{n} {have} a few values very far from the rest.', far, 'Look whether they are slips (a wrong unit, a missing point).')
 
+# %% ../../nbs/10_data/19k_column_findings.ipynb #dd873763
 def numbers_of(
     rows:RowSet, # Rows of all splits
     column:str # Its name
@@ -128,7 +133,7 @@ def column_findings(
     split,roles = next(iter(rows.seen)),roles_of(rows)
     return [*_mixed_cells(rows, split, roles, target), *_useless(roles, target), *_gaps(rows, target), *_odd_cells(rows, split, roles, target), *_outliers(rows, split, roles), *_between_splits(rows, roles, target)]
 
-# %% ../../nbs/10_data/19k_column_findings.ipynb #2961ba74
+# %% ../../nbs/10_data/19k_column_findings.ipynb #00cfcbc0
 def _decides(codes, target):
     "Whether each code goes with one target: \"copy\" when it is so the other way round too, \"leak\", or None."
     import numpy as np
@@ -137,6 +142,7 @@ def _decides(codes, target):
     if n_targets<2 or n_codes<2 or pairs!=n_codes or n_codes>len(codes)/5: return None
     return 'copy' if pairs==n_targets else 'leak'
 
+# %% ../../nbs/10_data/19k_column_findings.ipynb #70fc26be
 def _orders(v, target, classes):
     "Whether the numbers `v` order the rows as the target does."
     import numpy as np
@@ -147,7 +153,7 @@ def _orders(v, target, classes):
     rank = lambda x: np.unique(x, return_inverse=True)[1]
     return len(np.unique(target))>=5 and abs(np.corrcoef(rank(v), rank(target))[0,1])>0.9999
 
-# %% ../../nbs/10_data/19k_column_findings.ipynb #5adaa3ff
+# %% ../../nbs/10_data/19k_column_findings.ipynb #6e7b5113
 def _knowing(rows, roles, target, classes):
     "Columns that give the target away: name -> how."
     import numpy as np
@@ -162,6 +168,7 @@ def _knowing(rows, roles, target, classes):
         if how: res[o] = {'copy': 'each value goes with one target, and each target with one value', 'leak': 'each value goes with one target', 'order': 'it orders the rows as the target does'}[how]
     return res
 
+# %% ../../nbs/10_data/19k_column_findings.ipynb #56a87602
 def target_findings(
     rows:RowSet, # Rows of all splits
     target:str, # Column of the targets
@@ -176,6 +183,7 @@ def target_findings(
             *_listed_finding('error', 'target_leak', '{n} give{s} the target away.', knowing, 'If it is only known after the target, drop it: the model would learn to read it off.'),
             *([] if classes else _capped(s))]
 
+# %% ../../nbs/10_data/19k_column_findings.ipynb #9475a9e6
 def _capped(s):
     "Many targets that are exactly the largest or smallest value."
     (top,n),*rest = s.counts.most_common(2) or [('',0)]
