@@ -24,7 +24,7 @@ from .report_rows import RowSet
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
-# %% ../../nbs/10_data/19l_table_report.ipynb #5e9390e6
+# %% ../../nbs/10_data/19l_table_report.ipynb #99be5985
 _NATURAL = 0.05 # share of repeated samples from which they are no surprise
 
 def calmer(
@@ -37,6 +37,7 @@ def calmer(
     if sum(o.count for o in findings if o.kind=='duplicates')<_NATURAL*n: return findings
     return [replace(o, level=dict(error='warning').get(o.level, 'note')) for o in findings]
 
+# %% ../../nbs/10_data/19l_table_report.ipynb #67c99244
 def _by_chance(rows, columns, keys):
     "Whether rows with values as common as these would repeat as often if they were drawn at random."
     import numpy as np
@@ -56,7 +57,7 @@ def _row_duplicates(rows, roles, target, classes):
     found = duplicate_findings(keys.tolist(), rows.name, rows.splits, rows.texts(target) if classes else None, 'row', 'warning')
     return calmer(found, len(rows), bool(found) and _by_chance(rows, inputs, keys))
 
-# %% ../../nbs/10_data/19l_table_report.ipynb #54191eba
+# %% ../../nbs/10_data/19l_table_report.ipynb #c21bb728
 def _draw_column(ax, rows, column, role, splits):
     "Draw one column: a histogram for numbers, bars for anything else."
     import numpy as np
@@ -75,6 +76,7 @@ def _draw_column(ax, rows, column, role, splits):
     ax.tick_params(labelsize=6)
     ax.spines[['top','right']].set_visible(False)
 
+# %% ../../nbs/10_data/19l_table_report.ipynb #b5d8ccdf
 def draw_columns(
     rows:RowSet, # Rows of all splits
     n:int=12 # Columns to draw, at most
@@ -91,7 +93,7 @@ def draw_columns(
     if first is not None and len(splits)>1: first.legend(fontsize=6, frameon=False)
     return fig
 
-# %% ../../nbs/10_data/19l_table_report.ipynb #7a420b4b
+# %% ../../nbs/10_data/19l_table_report.ipynb #8e6110a7
 def is_classes(
     rows:RowSet, # Rows of all splits
     target:str # Column of the targets
@@ -100,17 +102,20 @@ def is_classes(
     s = next(iter(rows.seen.values()))[target]
     return s.numbers<0.8*s.values or s.numbers==s.values and s.whole and s.distinct<=20
 
+# %% ../../nbs/10_data/19l_table_report.ipynb #4cdd5dfa
 def _target_fact(rows, target, classes):
     "Say in short what the target is."
     s = next(iter(rows.seen.values()))[target]
     if classes: return f'{target}: ' + ', '.join(f'{k} {n:,}' for k,n in s.counts.most_common(5)) + (f' and {s.distinct-5:,} more' if s.distinct>5 else '')
     return f'{target}: a number, {s.low:g} to {s.high:g}'
 
+# %% ../../nbs/10_data/19l_table_report.ipynb #90df6558
 def _narrow(table):
     "Leave out of a table of roles what would not fit beside the rest in a terminal."
     cut = lambda text, n: text if len(text)<=n else text[:n-3]+'...'
     return Table({**{k: o[k] for k in ('column','role','missing','different')}, 'column': cut(o['column'], 24), 'values': cut(o['values'], 44)} for o in table)
 
+# %% ../../nbs/10_data/19l_table_report.ipynb #5260b7ad
 def _checked_target(rows, target, classes):
     "Findings about the target, and a table of its classes."
     if target is None: return [],None
