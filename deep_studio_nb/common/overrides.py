@@ -87,6 +87,8 @@ def load_document(
     return with_bases(read_config_file(path), path.parent, [] if notes is None else notes, (*seen, path.resolve()))
 
 # %% ../../nbs/00_common/06a_overrides.ipynb #acbb6f67
+_MARKS = set("|>-:?,#&*!%@`") # begin something in YAML, and alone they mean nothing or, worse, something empty
+
 def read_override(
     text:str # As in `trainer.epochs=3`
 )->tuple[KeyPath,Document]: # The path, and the value as a document
@@ -97,6 +99,7 @@ def read_override(
     if not eq: fail(f"`{text}`, without `=`", "")
     if not all(str(o).strip()==str(o)!="" for o in path): fail(f"the key `{key}`", "write names with dots between, as in `trainer.epochs=3`")
     if not value.strip(): fail("no value", f"write `{key}=null` for none, or `{key}=\"''\"` for an empty text")
+    if value.strip() in _MARKS: value = f"'{value.strip()}'"
     try: doc = read_yaml(" "*(len(key)+1)+value, "command line", [text])
     except ConfigError as e: raise config_error([replace(p, key=key, place=replace(p.place, line=0)) for p in e.problems]) from None
     doc.places = {path+p: replace(at, line=0) for p,at in doc.places.items()} | {path: place}
