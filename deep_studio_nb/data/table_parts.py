@@ -214,7 +214,7 @@ def _row_hashes(chunk):
     cols = [[f'{k}={o}' for o in _alike(plain_cells(chunk[k]))] for k in sorted(chunk.cells)]
     return [hashlib.sha256('\x1f'.join(row).encode()).digest() for row in zip(*cols)]
 
-# %% ../../nbs/10_data/14a_table_parts.ipynb #2e92b2fc
+# %% ../../nbs/10_data/14a_table_parts.ipynb #3fce06ea
 @patch
 def column(self:TableParts,
     split:str, # "train", "valid" or "test"
@@ -228,6 +228,7 @@ def column(self:TableParts,
     values = read_values(table, {name: role if role.kind in ('number','date') else Role('category')}, self.missing)[name]
     return values.texts() if isinstance(values, Words) else values.tolist()
 
+# %% ../../nbs/10_data/14a_table_parts.ipynb #4646e3e6
 def relabelled(
     part:TablePart, # Rows of a split
     target:str, # The target's column
