@@ -23,9 +23,10 @@ from .table_report import calmer, is_classes
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
-# %% ../../nbs/10_data/19m_text_report.ipynb #e6bf8962
+# %% ../../nbs/10_data/19m_text_report.ipynb #56a43ddc
 _MARKS = re.compile('\ufffd|[\x80-\x9f]|[ÃÂ][\u0080-\u00bf]|â[€‚ƒ„†™œ]|[ìíëêã][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|[\u00a1-\u00fe]{4}|\x00')
 
+# %% ../../nbs/10_data/19m_text_report.ipynb #0da14b00
 def mended(
     text:str # Any text
 )->str|None: # The text as it was meant; None when it does not look broken, or cannot be mended
@@ -37,11 +38,13 @@ def mended(
         if res!=text and not _MARKS.search(res) and (right!='cp949' or _korean(text, res)): return res
     return None
 
+# %% ../../nbs/10_data/19m_text_report.ipynb #adc7b024
 def _korean(text, res):
     "Whether `res` is Korean enough: most of the strange letters became syllables, of several kinds."
     found = [o for o in res if '가'<=o<='힣']
     return len(set(found))>1 and 3*len(found)>sum(not o.isascii() for o in text)>=4
 
+# %% ../../nbs/10_data/19m_text_report.ipynb #7fce3361
 def is_broken(
     text:str # Any text
 )->bool: # It holds letters that come of a wrong decoding
