@@ -38,7 +38,7 @@ def guess_columns(
     if target is None and (text or path) and len(rest)==1: target = rest[0]
     return text,target,path
 
-# %% ../../nbs/10_data/19n_row_checks.ipynb #37ecfd2c
+# %% ../../nbs/10_data/19n_row_checks.ipynb #8ad4e4f8
 def _found_files(names, root):
     "The file of each name in a list; the name itself below `root` where there is none."
     files = [root/o for o in names]
@@ -54,6 +54,7 @@ def _listed_pictures(rows, path, target, roots):
     labels = None if target is None else [o or '(none)' for o in rows.texts(target)]
     return PictureSet(rows.title, [f'{rows.name(i)} {o}' for i,o in enumerate(names)], list(rows.splits), labels, [next(files[o]) for o in rows.splits], findings=rows.findings)
 
+# %% ../../nbs/10_data/19n_row_checks.ipynb #2430406d
 def _as_data(name, s):
     "Whether the name of a column looks like one of its values: None where that cannot be said."
     is_number = name.lstrip('+-').replace('.', '', 1).isdigit()
@@ -61,6 +62,7 @@ def _as_data(name, s):
     if s.distinct<0.5*s.values: return name in s.counts
     return None if name.count(' ')>1 else False
 
+# %% ../../nbs/10_data/19n_row_checks.ipynb #60174fee
 def _headless(rows):
     "Whether the first line of the file was data: all its cells look like those below, and some come again."
     found = [_as_data(o, s) for o,s in (rows.seen.get('train') or {}).items()]
