@@ -31,7 +31,7 @@ from .table_report import table_report
 from .text_report import text_report
 from .text_samples import TextSamples
 
-# %% ../../nbs/10_data/19o_report.ipynb #72e8ccf1
+# %% ../../nbs/10_data/19o_report.ipynb #5553383d
 _TABLES = '.csv','.tsv','.parquet','.pq'
 
 def _table_files(folder):
@@ -42,6 +42,7 @@ def _table_files(folder):
     if len(files)>1: raise DataError(f"`{folder}` holds {listed(o.name for o in files)}. Give one of them.")
     return dict(train=files[0]) if files else {}
 
+# %% ../../nbs/10_data/19o_report.ipynb #c745de19
 def _sides(pics, root):
     "Two folders that hold files of the same names: the pictures and the masks or partners; None when they are classes."
     if pics.labels is None or len(set(pics.labels))!=2: return None
@@ -49,6 +50,7 @@ def _sides(pics, root):
     (a,one),(b,two) = sorted(stems.items())
     return (a,b) if len(one & two)>=0.8*min(len(one), len(two)) and len(one & two)>1 else None
 
+# %% ../../nbs/10_data/19o_report.ipynb #740ea379
 def _paired_report(folder, sides, pics, show):
     "Report on two folders that belong together."
     facts = look_at_all(pics.paths, show)
@@ -60,7 +62,7 @@ def _paired_report(folder, sides, pics, show):
     what = 'pictures and their masks' if isinstance(ds, ImageMasks) else 'pairs of pictures'
     return Report(pics.title, res.facts, [*res.findings, Finding('note', 'paired_folders', f'`{a}` and `{b}` hold files of the same names: they are taken for {what}.', '', len(ds), (), f'As a dataset: `{type(ds).__name__}`.')], res.table, res.pictures, res.seconds)
 
-# %% ../../nbs/10_data/19o_report.ipynb #73c76754
+# %% ../../nbs/10_data/19o_report.ipynb #80fd5a7b
 def _check_folder(folder, groups, show, given):
     pics = list_pictures(folder)
     tables = _table_files(folder) if given or not pics.names or pics.labels is None else {}
@@ -73,6 +75,7 @@ def _names_images(tables):
     rows = read_rows(tables)
     return bool(len(rows)) and guess_columns(rows)[2] is not None
 
+# %% ../../nbs/10_data/19o_report.ipynb #558218b8
 def _groups_of(groups, pics):
     "Group of each picture: what a pattern finds in its name."
     if groups is None: return None
@@ -80,6 +83,7 @@ def _groups_of(groups, pics):
     except re.error as e: raise DataError(f"`group` is {groups!r}, which is no pattern: {e}.") from e
     return [o and (o[1] if o.re.groups else o[0]) for o in found]
 
+# %% ../../nbs/10_data/19o_report.ipynb #9d1db1e4
 def check_data(
     source:Any, # A folder, a file, a data frame, a dataset or a loader
     *,
@@ -99,12 +103,13 @@ def check_data(
     if source.suffix.lower() not in (*_TABLES,'.txt'): raise DataError(f"`{source.name}` is no data that can be checked: give a folder of images, or a file with one of the suffixes {' '.join(_TABLES)}.")
     return check_rows(dict(train=source, **more), group=group, show=show, **given)
 
-# %% ../../nbs/10_data/19o_report.ipynb #99cc0f77
+# %% ../../nbs/10_data/19o_report.ipynb #937db52b
 def _as_picture(x):
     "A PIL picture of a raw input."
     from PIL import Image
     return x if hasattr(x, 'getbands') else Image.fromarray((as_pixels(x)*255).round().astype('uint8'))
 
+# %% ../../nbs/10_data/19o_report.ipynb #e8a8aee8
 def _pictures_of(parts):
     "A `PictureSet` of datasets of images."
     first,where = next(iter(parts.values())),[(s,ds,i) for s,ds in parts.items() for i in range(len(ds))]
@@ -119,6 +124,7 @@ def _names_in(ds, y):
     y = y.tolist() if hasattr(y, 'tolist') else y
     return [c for c,o in zip(ds.classes, y) if o] if isinstance(y, (list,tuple)) else ds.classes[y]
 
+# %% ../../nbs/10_data/19o_report.ipynb #09525f75
 def _pair_problems(parts):
     "Partners that are missing, cannot be read or do not fit."
     res = []
@@ -132,7 +138,7 @@ def _pair_problems(parts):
         if some: res.append(Finding('error', 'pairs', f'{len(some):,} files of {split} have no partner that can be used.', split, len(some), some, 'Complete or mend the pairs; until then they are left out.'))
     return res
 
-# %% ../../nbs/10_data/19o_report.ipynb #80eca625
+# %% ../../nbs/10_data/19o_report.ipynb #86817316
 def _frame(ds, text=None):
     "The samples of a dataset of rows as a data frame, with their targets in words."
     import pandas as pd
@@ -144,6 +150,7 @@ def _frame(ds, text=None):
     flat = [(o.flatten().tolist() if hasattr(o, 'flatten') else [o])[:64] for o in x]
     return pd.DataFrame({**{f'input {k}': list(col) for k,col in enumerate(zip(*flat))}, **said})
 
+# %% ../../nbs/10_data/19o_report.ipynb #946729f8
 def _rows_of(parts):
     "A `RowSet` of datasets of rows."
     frames = {s: _frame(ds) for s,ds in parts.items()}
@@ -151,6 +158,7 @@ def _rows_of(parts):
     if len(res)==sum(map(len, parts.values())): res.names = [ds.sample_id(i) for ds in parts.values() for i in range(len(ds))]
     return res
 
+# %% ../../nbs/10_data/19o_report.ipynb #fd4defb7
 def report_of(
     parts:Mapping[str,BaseDataset], # Split -> its samples, training first
     show:bool=True # Whether to show progress
@@ -166,7 +174,7 @@ def report_of(
     if first.joint: pics.findings += _pair_problems(parts)
     return image_report(pics, show=show)
 
-# %% ../../nbs/10_data/19o_report.ipynb #a412a46f
+# %% ../../nbs/10_data/19o_report.ipynb #7a9593b9
 @patch
 def report(self:BaseDataset,
     show:bool=True # Whether to show progress
@@ -176,6 +184,7 @@ def report(self:BaseDataset,
     parts = {s: self if s=='train' else self.split(s) for s in STAGES}
     return report_of({k: o for k,o in parts.items() if o is not None}, show)
 
+# %% ../../nbs/10_data/19o_report.ipynb #9805c5c1
 @patch
 def report(self:BaseDataLoader,
     show:bool=True # Whether to show progress
