@@ -53,7 +53,7 @@ class ColumnSummary:
         "Tell whether every value that was counted came once."
         return self.counts.total()==self.distinct
 
-# %% ../../nbs/10_data/13e_columns.ipynb #f595dce9
+# %% ../../nbs/10_data/13e_columns.ipynb #0c81f8db
 @patch
 def see(self:ColumnSummary,
     cells:Sequence, # A column of a `Chunk`
@@ -79,6 +79,7 @@ def _see_numbers(self:ColumnSummary, v):
     self.whole = bool(self.whole and (v==np.floor(v)).all())
     self.low,self.high = min(self.low, float(v.min())),max(self.high, float(v.max()))
 
+# %% ../../nbs/10_data/13e_columns.ipynb #53b6f9e8
 @patch
 def _see_others(self:ColumnSummary, cells, lines, at):
     if not len(at): return
@@ -93,6 +94,7 @@ def _see_others(self:ColumnSummary, cells, lines, at):
         times = as_times(texts, self.formats[0])
         self.low,self.high = min(self.low, float(times.min())),max(self.high, float(times.max()))
 
+# %% ../../nbs/10_data/13e_columns.ipynb #a1f27b1c
 @patch
 def _count(self:ColumnSummary, cells, gaps):
     seen = Counter(written_cells(cells, gaps))
