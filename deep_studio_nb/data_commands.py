@@ -11,13 +11,14 @@ from pathlib import Path
 import typer
 from .common.errors import DataError
 
-# %% ../nbs/80_front/80c_data_commands.ipynb #4e4a9511
+# %% ../nbs/80_front/80c_data_commands.ipynb #77664364
 data_app = typer.Typer(name='data', no_args_is_help=True, rich_markup_mode=None, context_settings=dict(help_option_names=['-h','--help']),
                        help='Check, divide and correct data.')
 
 @data_app.callback()
 def _whole(): "Check, divide and correct data."   # with it, a single command keeps its name
 
+# %% ../nbs/80_front/80c_data_commands.ipynb #a51fece2
 _CONFIGS = '.yaml','.yml','.json','.ini','.py'
 
 def _open(where):
@@ -88,7 +89,7 @@ def check(
     if folder: print('Saved: ' + ', '.join(str(o) for o in res.save(folder)))
     return 1 if strict and not res.ok else 0
 
-# %% ../nbs/80_front/80c_data_commands.ipynb #596c3691
+# %% ../nbs/80_front/80c_data_commands.ipynb #77208333
 @data_app.command()
 def split(
     where:str=typer.Argument(metavar='CONFIG_OR_FOLDER', help='The data.'),
@@ -108,17 +109,19 @@ def split(
     from deep_studio_nb.data.folds import write_split
     print(write_split(_open(where), out, _amount(valid, '--valid'), _amount(test, '--test'), by, groups, times, folds, repeats, seed))
 
+# %% ../nbs/80_front/80c_data_commands.ipynb #41dc5528
 def _amount(text, option):
     "A share with a point, a count without one."
     try: return float(text) if '.' in text else int(text)
     except ValueError: raise typer.BadParameter(f'{option} is {text!r}. It is a share such as 0.2, or a number of samples such as 200.')
 
-# %% ../nbs/80_front/80c_data_commands.ipynb #17f2a073
+# %% ../nbs/80_front/80c_data_commands.ipynb #a0f38087
 def _told(entry):
     "Say in one line what was written into a journal."
     change = {'relabel': f'{entry.id}: {entry.was} -> {entry.to}', 'drop': f'{entry.id} is left out from now on', 'undo': 'taken back'}
     return f'{entry.op}: {change.get(entry.op, entry.id)}'
 
+# %% ../nbs/80_front/80c_data_commands.ipynb #711e8125
 @data_app.command()
 def relabel(
     where:str=typer.Argument(metavar='CONFIG_OR_FOLDER', help='The data.'),
@@ -132,6 +135,7 @@ def relabel(
     from deep_studio_nb.data.corrections import relabel_sample
     print(_told(relabel_sample(_open(where), name, to, note)))
 
+# %% ../nbs/80_front/80c_data_commands.ipynb #7b4b4aee
 @data_app.command()
 def drop(
     where:str=typer.Argument(metavar='CONFIG_OR_FOLDER', help='The data.'),
@@ -143,6 +147,7 @@ def drop(
     from deep_studio_nb.data.corrections import drop_sample
     print(_told(drop_sample(_open(where), name, note, copies)))
 
+# %% ../nbs/80_front/80c_data_commands.ipynb #c42e255a
 @data_app.command()
 def undo(
     where:str=typer.Argument(metavar='CONFIG_FOLDER_OR_JOURNAL', help='The data, or its journal.'),
