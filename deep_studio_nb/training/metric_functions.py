@@ -25,6 +25,8 @@ def target_class(
     target:Tensor # (b, ...) or (b, 1, ...) class numbers, or (b, k, ...) probabilities
 )->Tensor: # (b, ...) class numbers
     "The class of each target, for targets that are class numbers or probabilities."
+    if target.is_floating_point() and (preds.ndim==1 or preds.shape[1]==1) and (target>1).any():
+        raise DataError(f"A target is {target.max().item():g}, and one logit tells class 0 from class 1 only. Are the targets numbers? Take `mae`, `rmse` or `r2` for metrics then; for classes give whole numbers, and the model an output for each.")
     if target.ndim<preds.ndim or target.ndim==1: return target
     return target.squeeze(1) if target.shape[1]==1 else target.argmax(1)
 
