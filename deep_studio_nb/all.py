@@ -31,6 +31,9 @@ from .common.tables import *
 from .common.drawn_tables import *
 
 # %% ../nbs/80_front/80_all.ipynb #22811a53
+from .data.contract import *
+from .data.description import *
+from .data.parts import *
 from .data.samples import *
 from .data.tensors import *
 from .data.array_files import *
@@ -58,11 +61,11 @@ from .data.image_columns import *
 from .data.image_list import *
 from .data.pairing import *
 from .data.image_masks import *
+
+# %% ../nbs/80_front/80_all.ipynb #a7beb59e
 from .data.image_pairs import *
 from .data.cells import *
 from .data.columns import *
-
-# %% ../nbs/80_front/80_all.ipynb #a7beb59e
 from .data.presets import *
 from .data.column_values import *
 from .data.table_codes import *
@@ -90,14 +93,15 @@ from .data.splits import *
 from .data.division import *
 from .data.division_pictures import *
 from .data.split_files import *
+
+# %% ../nbs/80_front/80_all.ipynb #4fa6b0b3
 from .data.folds import *
 from .data.batches import *
 from .data.sampling import *
-
-# %% ../nbs/80_front/80_all.ipynb #4fa6b0b3
 from .data.workers import *
 from .data.keeping import *
 from .data.streams import *
+from .data.base_loader import *
 from .data.loaders import *
 from .data.findings import *
 from .data.counting import *
