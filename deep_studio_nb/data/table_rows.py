@@ -17,7 +17,7 @@ from .column_values import TableValues
 from .columns import Role
 from .table_codes import CategoryCode, DateCode, NumberCode, code_data, code_of
 
-# %% ../../nbs/10_data/13h_table_rows.ipynb #71c3567c
+# %% ../../nbs/10_data/13h_table_rows.ipynb #7ca8c884
 ENCODINGS = 'onehot','codes'
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Arranged:
 
     def __len__(self): return len(self.numbers)
 
+# %% ../../nbs/10_data/13h_table_rows.ipynb #f6fd66ea
 @dataclass(frozen=True)
 class TableCode:
     "The codes of all columns of a table, in its order."
@@ -56,7 +57,7 @@ class TableCode:
         parts = [*self.measures.items(), *(self.words.items() if self.encode=='onehot' else ())]
         return [n for k,o in parts for n in o.names(k)]
 
-# %% ../../nbs/10_data/13h_table_rows.ipynb #71983c3c
+# %% ../../nbs/10_data/13h_table_rows.ipynb #1c2823c4
 def check_encoding(
     encode:str # "onehot" or "codes"
 )->str: # The same
@@ -77,6 +78,7 @@ def fit_table(
     code = lambda o, r: CategoryCode.fit(values[o][rows], limit) if r.kind=='category' else _KINDS[r.kind].fit(values[o][rows])
     return TableCode({o: code(o, r) for o,r in roles.items() if r.used}, check_encoding(encode))
 
+# %% ../../nbs/10_data/13h_table_rows.ipynb #f040464f
 @patch
 def arrange(self:TableCode,
     values:TableValues # A table in memory
