@@ -74,7 +74,7 @@ class TextFile(TextSamples):
         self._begin(tokens, check_task(task), classes, max_length, known, dict(min_count=min_count, max_words=max_words))
         if split!=self.stage: self._become(split)
 
-# %% ../../nbs/10_data/14i_text.ipynb #b2bee704
+# %% ../../nbs/10_data/14i_text.ipynb #096be616
 @patch
 def _begin(self:TextFile, tokens, task, classes, max_length, fitted, limits):
     "Read the training file, and find out what the target is."
@@ -90,6 +90,7 @@ def _begin(self:TextFile, tokens, task, classes, max_length, fitted, limits):
     super(TextFile, self).__init__(self.source, self.rows, self.y, self.task, self.classes, self.clean, max_length, limits, fitted)
     self._tell()
 
+# %% ../../nbs/10_data/14i_text.ipynb #8dafeff0
 @patch
 def _set_aside(self:TextFile, source, classes):
     "Do without the targets of new texts when not every row has one that training knows: all rows stay."
@@ -100,6 +101,7 @@ def _set_aside(self:TextFile, source, classes):
     _log.warning("The targets in `%s` are set aside: %s", source.table.name, why)
     source.cells = None
 
+# %% ../../nbs/10_data/14i_text.ipynb #c1c63c9d
 @patch
 def _tell(self:TextFile):
     "Say in the log what was found out."
@@ -139,7 +141,7 @@ def _classes_of(self:TextFile, source, rows):
     used,found = torch.tensor(source.cells.codes)[rows].unique().tolist(),source.cells.found()
     return find_classes([found[k] for k in used], self.label_sep if self.task=='labels' else None)
 
-# %% ../../nbs/10_data/14i_text.ipynb #221e95d0
+# %% ../../nbs/10_data/14i_text.ipynb #c6063e5e
 @patch
 def _rows_of(self:TextFile, split):
     "File, rows and targets of `split`, and what its journal leaves out; None when there is no such split."
@@ -155,6 +157,7 @@ def _rows_of(self:TextFile, split):
     self._seen[split] = self._corrected(name, rows, y)
     return self._seen[split]
 
+# %% ../../nbs/10_data/14i_text.ipynb #933cec5e
 @patch
 def _corrected(self:TextFile, name, rows, y):
     "Rows and targets as the journal of labels says, and what it leaves out."
