@@ -128,6 +128,11 @@ def _problem(doc:Document, path:KeyPath, kind:str, value:Any)->Problem:
     return Problem(place, key, found_words(value), wanted_words(t, limits), _value_hint(value, t))
 
 # %% ../../nbs/00_common/05a_schema_check.ipynb #a1295cdb
+def _key_of(path:KeyPath)->KeyPath:
+    "Cut off what pydantic adds below a key that may be of several types: the name of each type that it tried."
+    many = (i for i in range(1, len(path)) if isinstance(t := _type_at(path[:i])[0], UnionType) and t not in (Part,Parts))
+    return path[:next(many, len(path))]
+
 def schema_problems(
     doc:Document # Whose `data` may be anything that a config file can hold
 )->list[Problem]: # Empty when every key is known and of the right type
@@ -137,8 +142,8 @@ def schema_problems(
              for p,v in leaves(doc.data) if v=="???"]
     try: _model(RunKeys).model_validate(doc.data)
     except ValidationError as e:
-        paths = [(tuple(k for k in o["loc"] if k not in _TAGS), o) for o in e.errors(include_url=False, include_context=False)]
-        found += [_problem(doc, p, o["type"], o.get("input")) for p,o in paths if o.get("input")!="???"]
+        paths = {_key_of(tuple(k for k in o["loc"] if k not in _TAGS)): o for o in e.errors(include_url=False, include_context=False)}
+        found += [_problem(doc, p, o["type"], o.get("input")) for p,o in paths.items() if o.get("input")!="???"]
         meant = {p.hint for p in found}
         found = [p for p in found if not p.found.startswith("nothing, and") or not {f"did you mean `{o}`?" for o in (p.key, p.key.rpartition(".")[2])} & meant]
     if not {"dataset","data_loader"} & set(doc.data):
