@@ -20,9 +20,10 @@ def _whole(): "Check, divide and correct data."   # with it, a single command ke
 
 # %% ../nbs/80_front/80c_data_commands.ipynb #a51fece2
 _CONFIGS = '.yaml','.yml','.json','.ini','.py'
+_CHANGES = typer.Argument(None, metavar='[KEY=VALUE]...', help='Changes of single keys, where the data is that of a config.', show_default=False)
 
-def _open(where):
-    "The dataset of a config, or of a folder of classes."
+def _open(where, changes=None):
+    "The dataset of a config with `changes`, or of a folder of classes."
     from deep_studio_nb.common.config import Config
     from deep_studio_nb.common.registry import DATASETS
     from deep_studio_nb.data.image_folder import ImageFolder
@@ -30,13 +31,14 @@ def _open(where):
     from deep_studio_nb.experiments.build import learn_names
     path = Path(where)
     if not path.exists(): raise DataError(f"`{where}` is not there (seen from {Path.cwd()}).")
+    if changes and path.suffix.lower() not in _CONFIGS: raise DataError(f"`{changes[0]}` changes a key of a config, but `{where}` is none.")
     if path.is_dir(): return ImageFolder(path)
     if path.suffix.lower() not in _CONFIGS: raise DataError(f"`{where}` is neither a folder of images nor a config. For a file of rows, write a config with its `dataset`.")
     learn_names()
-    return as_dataset(Config.load(path).init_obj('dataset', DATASETS))
+    return as_dataset(Config.load(path, *changes or ()).init_obj('dataset', DATASETS))
 
 # %% ../nbs/80_front/80c_data_commands.ipynb #eaffac1d
-def _check_config(path, show):
+def _check_config(path, show, changes=None):
     "Report on the data of a config as its loader splits it; on its files where the dataset refuses them."
     from deep_studio_nb.common.config import Config
     from deep_studio_nb.common.registry import DATASETS, LOADERS
@@ -45,7 +47,7 @@ def _check_config(path, show):
     from deep_studio_nb.data.report import check_data
     from deep_studio_nb.experiments.build import build_data, learn_names
     learn_names()
-    cfg = Config.load(path)
+    cfg = Config.load(path, *changes or ())
     if not cfg.get('dataset'): return build_data(cfg).train.report(show)
     try: return cfg.init_data_loader('data_loader', LOADERS, dataset=as_dataset(cfg.init_obj('dataset', DATASETS)), facts=dict(seed=cfg['seed'])).report(show)
     except DataError as e:
@@ -59,6 +61,7 @@ def _check_config(path, show):
 @data_app.command()
 def check(
     path:str=typer.Argument(metavar='PATH', help='A folder of images, a CSV, TSV or parquet file, or a config.'),
+    changes:list[str]=_CHANGES,
     strict:bool=typer.Option(False, '--strict', help='Fail when there are errors.'),
     json_file:str=typer.Option(None, '--json', metavar='FILE', help='Write the report as JSON.'),
     folder:str=typer.Option(None, '--save', metavar='FOLDER', help='Write the report with its pictures.'),
@@ -77,9 +80,11 @@ def check(
 
     For example: deep-studio data check data/flowers --strict"""
     from deep_studio_nb.data.report import check_data
+    is_config = Path(path).suffix.lower() in _CONFIGS and Path(path).is_file()
+    if changes and not is_config: raise DataError(f"`{changes[0]}` changes a key of a config, but `{path}` is none.")
     given = dict(target=target, text=text, path=images, split_column=split_column, encoding=encoding, header=False if no_header else None)
     try:
-        if Path(path).suffix.lower() in _CONFIGS and Path(path).is_file(): res = _check_config(path, not quiet)
+        if is_config: res = _check_config(path, not quiet, changes)
         else: res = check_data(path, group=group, valid_file=valid_file, test_file=test_file, show=not quiet, **{k: v for k,v in given.items() if v is not None})
     except KeyboardInterrupt:
         print('Stopped. What has been read is remembered, so the next check goes on from here.', file=sys.stderr)
@@ -94,6 +99,7 @@ def check(
 def split(
     where:str=typer.Argument(metavar='CONFIG_OR_FOLDER', help='The data.'),
     out:str=typer.Argument('splits/split.json', metavar='[OUT]', help='The file to write.'),
+    changes:list[str]=_CHANGES,
     valid:str=typer.Option('0', '--valid', metavar='SHARE|COUNT', help='What to hold out for validation: 0.2, or 200 samples.'),
     test:str=typer.Option('0', '--test', metavar='SHARE|COUNT', help='What to hold out for the test.'),
     folds:int=typer.Option(0, '--folds', metavar='K', help='Divide into K folds instead.'),
@@ -107,7 +113,8 @@ def split(
 
     For example: deep-studio data split configs/flowers.yaml splits/a.json --valid 0.2"""
     from deep_studio_nb.data.folds import write_split
-    print(write_split(_open(where), out, _amount(valid, '--valid'), _amount(test, '--test'), by, groups, times, folds, repeats, seed))
+    if '=' in out: out,changes = 'splits/split.json',[out,*(changes or ())]
+    print(write_split(_open(where, changes), out, _amount(valid, '--valid'), _amount(test, '--test'), by, groups, times, folds, repeats, seed))
 
 # %% ../nbs/80_front/80c_data_commands.ipynb #41dc5528
 def _amount(text, option):
@@ -127,25 +134,27 @@ def relabel(
     where:str=typer.Argument(metavar='CONFIG_OR_FOLDER', help='The data.'),
     name:str=typer.Argument(metavar='SAMPLE', help='Its name, as a report prints it, or a path that ends in it.'),
     to:str=typer.Argument(metavar='LABEL', help='The right label.'),
+    changes:list[str]=_CHANGES,
     note:str=typer.Option('', '--note', help='Why.'),
 ):
     """Correct the label of a sample, in the journal beside the data.
 
     For example: deep-studio data relabel data/flowers train/rose/17.jpg tulip"""
     from deep_studio_nb.data.corrections import relabel_sample
-    print(_told(relabel_sample(_open(where), name, to, note)))
+    print(_told(relabel_sample(_open(where, changes), name, to, note)))
 
 # %% ../nbs/80_front/80c_data_commands.ipynb #7b4b4aee
 @data_app.command()
 def drop(
     where:str=typer.Argument(metavar='CONFIG_OR_FOLDER', help='The data.'),
     name:str=typer.Argument(metavar='SAMPLE', help='Its name, as a report prints it, or a path that ends in it.'),
+    changes:list[str]=_CHANGES,
     note:str=typer.Option('', '--note', help='Why.'),
     copies:str=typer.Option('all', '--copies', metavar='all|this', help='Leave out all samples that hold the same, or this one.'),
 ):
     "Leave a sample out from now on, without deleting it."
     from deep_studio_nb.data.corrections import drop_sample
-    print(_told(drop_sample(_open(where), name, note, copies)))
+    print(_told(drop_sample(_open(where, changes), name, note, copies)))
 
 # %% ../nbs/80_front/80c_data_commands.ipynb #c42e255a
 @data_app.command()

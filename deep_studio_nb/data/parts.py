@@ -91,8 +91,11 @@ def _whole(self:Subset): return self.source.using(self.stage).with_transforms(se
 @patch
 def facts(self:Subset)->dict[str,Any]:
     res = self._whole().facts()
-    if res.get('class_counts') is not None: res['class_counts'] = torch.bincount(torch.as_tensor(self.targets()), minlength=len(res['class_counts'])).tolist()
-    return res
+    if res.get('class_counts') is None: return res
+    ys = self.targets()
+    y = ys if isinstance(ys, Tensor) else torch.stack(list(ys)) if isinstance(ys[0], Tensor) else torch.as_tensor(ys)
+    if y.dim()==2: return {**res, 'class_counts': y.sum(0).long().tolist(), 'samples': len(y)}   # several labels a sample
+    return {**res, 'class_counts': y.bincount(minlength=len(res['class_counts'])).tolist()}
 
 @patch
 def decode(self:Subset, x:Any)->Tensor|str: return self._whole().decode(x)

@@ -95,7 +95,7 @@ def target_facts(
     "Tell what `targets` ask of a model: one class, any of several labels, or a number."
     if targets is None or not len(targets): return {}
     y = targets if isinstance(targets, Tensor) else torch.stack(list(targets)) if isinstance(targets[0], Tensor) else torch.as_tensor(targets)
-    if classes is not None and y.dim()==2: return dict(task='labels', class_counts=y.sum(0).long().tolist())
+    if classes is not None and y.dim()==2: return dict(task='labels', class_counts=y.sum(0).long().tolist(), samples=len(y))
     if y.is_floating_point(): return dict(task='number') if y.dim()<3 else {}
     if y.dim()>1: return {}
     return dict(task='classes', class_counts=y[y>=0].bincount(minlength=0 if classes is None else len(classes)).tolist())
