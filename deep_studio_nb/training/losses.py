@@ -74,7 +74,7 @@ def _class_mistake(kind:str, preds:Tensor, target:Tensor, ignore:int=-100)->str|
     if k==1: return f"has one output an item in predictions of shape {tuple(preds.shape)}, want one for each class. Give the model two outputs or more (`num_classes` comes from the data: does that have one class only?), or use `binary_cross_entropy_with_logits`."
     if kind=='cross_entropy' and target.is_floating_point() and target.shape==preds.shape:
         if ((target.sum(1)-1).abs()<1e-3).all(): return None
-        return f"has targets that do not sum to 1 for each item, as probabilities of classes do. For items with several labels, or none, use `binary_cross_entropy_with_logits` and the metrics `label_f1` or `exact_match`."
+        return "has targets that do not sum to 1 for each item, as probabilities of classes do. For items with several labels, or none, use `binary_cross_entropy_with_logits` and the metrics `label_f1` or `exact_match`."
     if target.shape!=preds.shape[:1]+preds.shape[2:]:
         return f"has predictions of shape {tuple(preds.shape)} and targets of shape {tuple(target.shape)}, want targets of shape {tuple(preds.shape[:1]+preds.shape[2:])}: one class number for each item."
     if target.is_floating_point() or target.dtype==torch.bool:
