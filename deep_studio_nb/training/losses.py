@@ -133,8 +133,14 @@ def _mistake(loss_fn:Callable, kind:str, preds:Tensor, target:Tensor)->str|None:
     "What is wrong with a first batch for `loss_fn`, if it is a loss that is known here."
     if kind in _PLACE_BY_PLACE: return _number_mistake(kind, preds, target)
     if kind not in _OVER_CLASSES: return None
+    if (weight := _weight_of(loss_fn)) is not None and preds.ndim>1 and len(weight)!=preds.shape[1]:
+        return f"has {len(weight)} numbers as `weight`, and the model has {preds.shape[1]} outputs. Give one number a class, or `weight: balanced`."
     ignore = loss_fn.keywords.get('ignore_index', -100) if isinstance(loss_fn, partial) else getattr(loss_fn, 'ignore_index', -100)
     return _class_mistake(kind, preds, target, ignore)
+
+def _weight_of(loss_fn:Callable)->Tensor|None:
+    "The weights of classes that `loss_fn` was made with."
+    return loss_fn.tensors.get('weight') if isinstance(loss_fn, _Following) else getattr(loss_fn, 'weight', None)
 
 def _describe(x:object)->str:
     "Shape and type of `x`, for a message."
