@@ -32,7 +32,13 @@ class TransformKeys:
     size:int|list|None = field(default=None, metadata=dict(description="pixels of a side, as `128`, or height and width, as `[96, 128]`")) # Of the pictures that a model sees, with a preset
     normalize:str|dict|None = field(default=None, metadata=dict(description="`imagenet`, `centred`, or `{mean: [...], std: [...]}`")) # Scaling of the colours, with a preset
 
-# %% ../../nbs/00_common/05_schema.ipynb #26c9a098
+# %% ../../nbs/00_common/05_schema.ipynb #63e716b6
+def _one_of(*words:str)->dataclasses.Field:
+    "Make a key that may be left out, or be one of `words`."
+    said = " or ".join(f"`{o}`" for o in words)
+    return field(default=None, metadata=dict(pattern=f"^({'|'.join(words)})$", description=said))
+
+# %% ../../nbs/00_common/05_schema.ipynb #b69fa7c7
 @dataclass(kw_only=True)
 class TrainerKeys:
     "List the keys of `trainer`: how long, what to watch, what to keep."
@@ -47,6 +53,20 @@ class TrainerKeys:
     verbosity:int = field(default=1, metadata=dict(ge=0, le=2)) # 0 warnings, 1 information, 2 everything
     log_step:int|None = field(default=None, metadata=dict(ge=1)) # Batches between lines in the log
     threads:int|None = field(default=None, metadata=dict(ge=1)) # Threads of PyTorch on the CPU while training; as many as it likes when left out
+    precision:str|None = _one_of("fp32", "bf16", "fp16") # Numbers of the forward pass; `fp32` when left out
+    accumulate:int|None = field(default=None, metadata=dict(ge=1)) # Batches that make one step of the optimizer
+    clip_norm:float|None = field(default=None, metadata=dict(gt=0, description="a number above 0")) # Longest gradient, over all parameters
+    clip_value:float|None = field(default=None, metadata=dict(gt=0, description="a number above 0")) # Largest entry of a gradient
+    channels_last:bool|None = None # Keep pictures as height, width, channels in memory
+    compile:bool|str|None = field(default=None, metadata=dict(description="true, false or a mode of `torch.compile`")) # Compile the forward pass
+    speed:str|None = _one_of("auto") # Measure which switches make this model faster, and use those
+    strategy:str|None = _one_of("auto", "ddp", "fsdp") # How several processes share the work
+    restore_best:bool|None = None # End with the weights of the best epoch; true when left out
+    on_nan:str|None = _one_of("stop", "warn") # What a loss that is no number does; `stop` when left out
+    on_save_error:str|None = _one_of("stop", "continue") # What a checkpoint that cannot be written does; `stop` when left out
+    overfit_batches:int|None = field(default=None, metadata=dict(ge=0)) # Train and validate on so many batches, the same each time
+    fast_dev_run:bool|None = None # Two batches of everything, to see whether it runs
+    profile:bool|None = None # Find out what takes the time, in a few steps
 
 # %% ../../nbs/00_common/05_schema.ipynb #09ccbfdb
 @dataclass(kw_only=True)
