@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from ..common.config import Config
+from ..common.errors import ConfigError
 from ..common.randomness import seeded
 from ..common.registry import DATASETS, LOADERS, TRAINERS
 from ..data.plain_datasets import as_dataset
@@ -63,7 +64,18 @@ def build_model(
     "Make the model of a config."
     with seeded(cfg['seed'], 'model'): return create_model(cfg['arch'], facts=facts)
 
-# %% ../../nbs/50_experiments/53_build.ipynb #7a1d32e0
+# %% ../../nbs/50_experiments/53_build.ipynb #cd8c70e4
+_OF_THE_RUN = 'type','args','save_dir','tensorboard','verbosity','threads'
+
+def _make(kind, rules, args, *given, **more):
+    "Make a trainer, or name the key that it does not take."
+    try: return kind(*given, **more, **rules, **args)
+    except TypeError as e:
+        unknown = next((k for k in {**rules, **args} if f"unexpected keyword argument '{k}'" in str(e)), None)
+        if unknown is None: raise
+        raise ConfigError(f'`trainer` has `{unknown}`, which `{kind.__name__}` does not take. Leave it out, or let `{kind.__name__}.__init__` take `**kwargs` and pass them on.') from e
+
+# %% ../../nbs/50_experiments/53_build.ipynb #1e862a8f
 def build_trainer(
     cfg:Config, # A checked config
     model:nn.Module, # What to train
@@ -74,7 +86,7 @@ def build_trainer(
     opts = cfg['trainer']
     kind = TRAINERS.get(opts['type']) if opts.get('type') else Trainer
     parts = dict(loss=cfg.get('loss'), metrics=cfg.get('metrics') or (), optimizer=cfg.get('optimizer'), scheduler=cfg.get('lr_scheduler'))
-    rules = {k: opts[k] for k in ('epochs','monitor','early_stop','save_period','log_step') if opts.get(k) is not None}
+    rules = {k: v for k,v in opts.items() if k not in _OF_THE_RUN and v is not None}
     meta = dict(config=cfg.data, classes=data.classes, facts=data.facts, fitted=data.fitted(), transforms=data.lists)
-    return kind(model, data.train, data.valid, device=device, seed=cfg['seed'], callbacks=cfg.get('callbacks') or (),
-                meta=meta, **parts, **rules, **(opts.get('args') or {}))
+    return _make(kind, rules, opts.get('args') or {}, model, data.train, data.valid, device=device, seed=cfg['seed'],
+                 callbacks=cfg.get('callbacks') or (), meta=meta, **parts)
