@@ -91,6 +91,7 @@ def _begin(self:BaseDataLoader, ds, batch_size, shuffle, num_workers, collate_fn
     self.seed,self.shuffle,self._shared,self._settled = seed,shuffle,shared,False
     self._given_collate = collate_fn or getattr(ds, 'collate', None)
     self._bad:dict[int,BadFile] = {}   # number -> what was found
+    self.skipped = 0                   # batches of the epoch at work that had nothing in them
     order = order_of(ds, *sampling, batch_size, seed) if ds.stage=='train' else None
     sampler = EpochSampler(len(ds), shuffle, seed, ds.stage=='train', order)
     torch_data.DataLoader.__init__(self, ds, batch_size, sampler=sampler, collate_fn=Packed(self._given_collate), drop_last=drop_last, worker_init_fn=in_worker, generator=generator(seed, 'workers'))
@@ -164,10 +165,12 @@ def _readable(self:BaseDataLoader, made):
     for batch,bad in made:
         for i,e in bad: self._leave_out(i, e)
         if batch is not None: yield batch
+        else: self.skipped += 1
 
 # %% ../../nbs/10_data/18e_base_loader.ipynb #049e6c6b
 @patch
 def __iter__(self:BaseDataLoader)->Iterator:
+    if not self.sampler.start: self.skipped = 0
     if self.gathers: return self._gathered(self.sampler.take()[0])
     if not self._settled: self._settle()
     if self._by_threads or picks_pixels(self.dataset) and not self.num_workers:
@@ -186,8 +189,9 @@ def set_epoch(self:BaseDataLoader,
 
 @patch
 def start_at(self:BaseDataLoader,
-    step:int # Batches to leave out, 0 to the length of the loader
+    step:int, # Batches to leave out, 0 to the length of the loader
+    skipped:int=0 # Further ones that did not come when those before `step` did, as there was nothing in them
 ):
     "Begin the next iteration, and only that one, at batch `step`, without loading those before it."
-    if not 0<=step<=len(self): raise DataError(f"`step` is {step}, but an epoch has {len(self)} batches.")
-    self.sampler.start = step*self.batch_size
+    if step<0 or not 0<=step+skipped<=len(self): raise DataError(f"`step` is {step+skipped}, but an epoch has {len(self)} batches.")
+    self.sampler.start,self.skipped = (step+skipped)*self.batch_size,skipped
