@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'save_checkpoint', 'load_checkpoint', 'link_checkpoint', 'find_checkpoint', 'own_folder',
-           'load_model_state', 'pack_part', 'load_part']
+           'weights_of', 'load_model_state', 'pack_part', 'load_part']
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #fdf99069
 import os
@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 import torch
@@ -20,7 +21,7 @@ from ..common.errors import CheckpointError, RunError, did_you_mean, listed
 from ..common.files import atomic_path, new_folder
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #ef12cfed
-FORMAT,VERSION = "deep_studio_nb checkpoint", 1
+FORMAT,VERSION = "deep_studio_nb checkpoint", 2
 _PLAIN = (str, int, float, bool, bytes, type(None), Tensor, torch.Size, torch.dtype, torch.device)
 
 def _foreign(value:Any, where:str)->str|None:
@@ -89,6 +90,8 @@ def _checked(path:Path, state:Any)->dict:
         raise CheckpointError(f"`{path}` is no checkpoint of a training: it holds {what}. If these are a model's weights, use `load_model_state(model, torch.load(path))`.")
     if state["version"]>VERSION:
         raise CheckpointError(f"`{path}` is of version {state['version']}, this program reads up to {VERSION}. Install a newer deep_studio_nb.")
+    if state["version"]<VERSION:
+        raise CheckpointError(f"`{path}` is of version {state['version']}, this program reads version {VERSION} only. Load it with the deep_studio_nb that wrote it, or train again.")
     return state
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #fcb39105
@@ -137,6 +140,13 @@ def own_folder(
     mine = source is not None and Path(source).resolve().parent==folder.resolve()
     taken = any(not o.name.startswith(".") for o in folder.glob("*.pt")) # a write that was killed leaves a hidden draft
     return new_folder(folder.parent, folder.name) if taken and not mine else folder
+
+# %% ../../nbs/30_training/37_checkpoints.ipynb #cc61e345
+def weights_of(
+    state:Mapping # As `load_checkpoint` returned it
+)->dict[str,Tensor]: # By name, as `load_model_state` takes them
+    "Pick the weights of a checkpoint that are meant for use: averaged where there is an average."
+    return {**state["model"], **(state.get("averaged") or {})}
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #5325a8d8
 def load_model_state(
