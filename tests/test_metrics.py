@@ -175,3 +175,91 @@ def test_k_beyond_the_classes_and_other_shapes_are_told():
     with pytest.raises(DataError, match='have 4 classes'): over(Meter([{'type':'top_k_acc', 'args':{'k':5}}]), preds, target, [N])
     with pytest.raises(DataError, match='want the same'): over(Meter(['mae']), preds, target, [N])
     with pytest.raises(DataError, match='need them'): Meter(['accuracy']).add(None, preds, None, n=N)
+
+
+TORCHMETRICS = ['Accuracy', {'type':'F1Score', 'args':{'average':'macro'}}, 'AUROC', {'type':'AUROC', 'args':{'thresholds':20}}]
+OWNERS = [[0,1,2,3]], [[0,2], [1,3]], [[0,1,2,3], []], [[], [3], [0,1,2]], [[2], [], [0,3], [1]]
+
+
+def named(specs): return {f'm{i}': o for i,o in enumerate(specs)}
+
+
+def merged(make, batches, owners, loss=None, between=None):
+    "A meter that knows only the states of those that saw the batches that they own, as a file keeps them."
+    states = []
+    for mine in owners:
+        one = make()
+        for i in mine: one.add(loss(*batches[i]) if loss else None, *batches[i])
+        if between: between(one)
+        file = io.BytesIO()
+        torch.save(one.state_dict(), file)
+        states.append(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    return make().merge(states)
+
+
+@pytest.mark.filterwarnings('ignore:No .* samples in targets')
+@pytest.mark.parametrize('owners', OWNERS, ids=str)
+def test_states_of_several_processes_make_the_meter_that_saw_all(owners):
+    preds,target = class_data()
+    batches = list(zip(preds.split(CUTS[1]), target.split(CUTS[1])))
+    make = lambda: Meter(named(['accuracy', 'f1', {'type':'iou', 'args':{}}, *TORCHMETRICS]), facts={'num_classes':K})
+    def loss(p, t): return Loss({'main':F.cross_entropy(p, t), 'size':p.pow(2).mean()}, weights={'size':0.1})
+    whole = over(make(), preds, target, CUTS[1], loss).compute()
+    for between in (None, Meter.compute):
+        found = merged(make, batches, owners, loss, between).compute()
+        assert list(found)==list(whole)
+        for k in whole: assert found[k]==pytest.approx(whole[k], abs=1e-6 if k.startswith('m') else 1e-12), k
+
+
+@pytest.mark.parametrize('owners', OWNERS, ids=str)
+def test_merged_numbers_go_on_and_merge_again(owners):
+    preds,target = number_data()
+    preds,target = preds[:,0],target
+    batches = list(zip(preds.split(CUTS[1]), target.split(CUTS[1])))
+    make = lambda: Meter(named(['mae', 'rmse', 'r2', 'MeanSquaredError', 'R2Score', 'PearsonCorrCoef', 'SpearmanCorrCoef', 'ConcordanceCorrCoef']))
+    whole = over(make(), preds, target, CUTS[1])
+    found = merged(make, batches, owners)
+    assert found.compute()==pytest.approx(whole.compute(), abs=1e-5)
+    again = make().merge([found.state_dict(), make().state_dict()])     # a run that was stopped, and goes on in two processes
+    for meter in (whole, again): meter.add(None, preds.flip(0), target)
+    assert again.compute()==pytest.approx(whole.compute(), abs=1e-5)
+    again.reset()
+    assert over(again, preds, target, [N]).compute()==pytest.approx(over(make(), preds, target, [N]).compute())
+
+
+def test_pictures_and_collections_merge():
+    import torchmetrics as tm
+    gen = torch.Generator().manual_seed(5)
+    preds,target = (torch.rand(9, 3, 24, 24, generator=gen) for _ in range(2))
+    batches = list(zip(preds.split([4,3,2]), target.split([4,3,2])))
+    metrics = {'ssim': tm.StructuralSimilarityIndexMeasure(data_range=1.), 'psnr': tm.PeakSignalNoiseRatio(data_range=1.), 'free': tm.PeakSignalNoiseRatio(),
+               'both': tm.MetricCollection([tm.MeanSquaredError(), tm.MeanAbsoluteError()])}
+    make = lambda: Meter(metrics)
+    whole = over(make(), preds, target, [4,3,2]).compute()
+    assert merged(make, batches, [[0,2],[1]]).compute()==pytest.approx(whole, abs=1e-5)
+
+
+def test_an_object_that_cannot_merge_says_so_even_without_items():
+    class Count:
+        def reset(self): self.n = 0
+        def update(self, preds, target): self.n += len(target)
+        def compute(self): return self.n
+        def state_dict(self): return {'n': self.n}
+        def load_state_dict(self, state): self.n = state['n']
+    meter = Meter([Count()])
+    assert meter.merge([meter.state_dict()]).compute().keys()=={'Count'}
+    with pytest.raises(ConfigError, match='`Count` has no `merge`'): meter.merge([meter.state_dict()]*2)
+
+
+def test_a_batch_without_items_counts_for_nothing():
+    preds,target = class_data()
+    meter = over(Meter(['accuracy']), preds, target, [N], F.cross_entropy)
+    before = meter.compute()
+    meter.add(torch.tensor(float('nan')), preds[:0], target[:0])
+    assert meter.compute()==before
+
+
+def test_torchmetrics_asks_no_other_process_by_itself():
+    meter = Meter(named(['Accuracy']), facts={'num_classes':K})
+    metric = meter.metrics['m0'].metric
+    assert not metric.sync_on_compute and not metric._to_sync

@@ -6,7 +6,7 @@
 __all__ = ['build_metrics', 'Meter']
 
 # %% ../../nbs/30_training/31b_metrics.ipynb #8bcd22b8
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from fastcore.basics import patch
 from torch import Tensor
@@ -81,6 +81,7 @@ def add(self:Meter,
 )->None:
     "Take in one batch. Nothing is waited for."
     if n is None: n = _items(target, preds)
+    if not n: return
     if isinstance(losses, Loss):
         if len(losses)>1: _add_all(self.parts, losses, n)
         losses = losses.total
@@ -134,13 +135,31 @@ def state_dict(self:Meter)->dict: # Tensors and plain numbers
     return dict(loss=self.loss.state_dict(), **{g:{k:o.state_dict() for k,o in getattr(self, g).items()} for g in ('parts', 'metrics', 'values')})
 
 @patch
+def _check_metrics(self:Meter, state:Mapping)->None:
+    "Raise unless `state` is of a meter with the same metrics."
+    if missing := set(self.metrics)^set(state['metrics']):
+        raise ConfigError(f"The metrics are not those that were saved: {listed(sorted(missing))} {'is' if len(missing)==1 else 'are'} in one of the two only.")
+
+@patch
 def load_state_dict(self:Meter,
     state:Mapping # As `state_dict` returned it
 )->None:
     "Go on from `state`."
-    if missing := set(self.metrics)^set(state['metrics']):
-        raise ConfigError(f"The metrics are not those that were saved: {listed(sorted(missing))} {'is' if len(missing)==1 else 'are'} in one of the two only.")
+    self._check_metrics(state)
     self.parts,self.values = ({k:RunningMean() for k in state[g]} for g in ('parts', 'values'))
     self.loss.load_state_dict(state['loss'])
     for g in ('parts', 'metrics', 'values'):
         for k,o in getattr(self, g).items(): o.load_state_dict(state[g][k])
+
+# %% ../../nbs/30_training/31b_metrics.ipynb #35f51877
+@patch
+def merge(self:Meter,
+    states:Sequence[Mapping] # One from each process, as `state_dict` returned it
+)->Meter: # The meter itself, which forgets what it held
+    "Become the meter that has seen the items of all `states`."
+    for o in states: self._check_metrics(o)
+    for g in ('parts', 'values'): setattr(self, g, {k:RunningMean() for o in states for k in o[g]})
+    self.loss.merge([o['loss'] for o in states])
+    for g in ('parts', 'metrics', 'values'):
+        for k,o in getattr(self, g).items(): o.merge([s[g][k] for s in states if k in s[g]])
+    return self

@@ -60,6 +60,12 @@ class MeanIoU:
         "Go on from `state`."
         self.table = state['table'].clone()
 
+    def merge(self,
+        state:dict # Of another process that saw other pictures
+    )->None:
+        "Add the counts of `state`."
+        self.table = self.table+state['table'].to(self.table.device)
+
 # %% ../../nbs/30_training/31_pixel_metrics.ipynb #d90ebb28
 @METRICS.register
 def psnr(

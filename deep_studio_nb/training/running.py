@@ -7,7 +7,7 @@ __all__ = ['RunningMean', 'RunningFunction', 'RunningObject']
 
 # %% ../../nbs/30_training/31a_running.ipynb #0cb90f49
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 import torch
 from fastcore.basics import patch
@@ -100,21 +100,27 @@ def value(self:RunningFunction)->float: # nan without items
 # %% ../../nbs/30_training/31a_running.ipynb #45878c18
 class RunningObject:
     "An object with `update`, `compute`, `reset` and a state, such as one of torchmetrics."
-    keeps = ('metric', 'count')
+    keeps = ('metric', 'count', 'others')
     def __init__(self,
         name:str, # For messages
         metric:object # Copied
     ):
         missing = [o for o in ('update', 'compute', 'reset', 'state_dict', 'load_state_dict') if not hasattr(metric, o)]
         if missing: raise ConfigError(f"The metric `{name}` has no {listed(missing)}. Write it, or write the metric as a function of predictions and targets.")
-        self.name,self.metric,self.count = name,deepcopy(metric),0
+        self.name,self.metric = name,deepcopy(metric)
         if hasattr(self.metric, 'persistent'): self.metric.persistent(True)
-        self.metric.reset()
+        for o in _inner(self.metric).values(): o.sync_on_compute = o._to_sync = False
+        self.reset()
 
     def reset(self)->None:
         "Forget all items."
         self.metric.reset()
-        self.count = 0
+        self.count,self.others = 0,[]
+
+def _inner(metric:object)->dict[str,object]:
+    "The metrics of torchmetrics that `metric` is made of, by the start of their names in its state."
+    found = metric.named_modules() if hasattr(metric, 'named_modules') else ()
+    return {f'{k}.' if k else '': o for k,o in found if hasattr(o, '_reductions')}
 
 # %% ../../nbs/30_training/31a_running.ipynb #a2d94dca
 @patch
@@ -131,7 +137,8 @@ def add(self:RunningObject,
 @patch
 def value(self:RunningObject)->object: # A number, a (k,) tensor or a dict; nan without items
     "The metric over all items so far."
-    return self.metric.compute() if self.count else math.nan
+    if not self.count: return math.nan
+    return (self._joined() if self.others else self.metric).compute()
 
 # %% ../../nbs/30_training/31a_running.ipynb #1954bc97
 @patch
@@ -150,4 +157,58 @@ def load_state_dict(self:RunningMean|RunningFunction|RunningObject,
         o,v = getattr(self, k),state[k]
         if hasattr(o, 'load_state_dict'): o.load_state_dict(v)
         else: setattr(self, k, list(v) if isinstance(v, list) else v)
-        if hasattr(o, '_update_count'): o._update_count = 1  # else torchmetrics warns at `compute` that nothing came in
+        for part in _inner(o).values(): part._update_count,part._computed = 1,None  # else `compute` warns that nothing came in, or gives what it gave before
+
+# %% ../../nbs/30_training/31a_running.ipynb #9836880e
+@patch
+def merge(self:RunningMean,
+    states:Sequence[Mapping] # One from each process, as `state_dict` returned it
+)->None:
+    "Become the mean over the items of all `states`."
+    self.reset()
+    each = [RunningMean() for _ in states]
+    for o,state in zip(each, states): o.load_state_dict(state)
+    self.total,self.count = math.fsum(float(o.sum()) for o in each),int(math.fsum(o.count for o in each))
+
+# %% ../../nbs/30_training/31a_running.ipynb #b8ea885e
+@patch
+def merge(self:RunningFunction,
+    states:Sequence[Mapping] # One from each process
+)->None:
+    "Become the metric over the items of all `states`."
+    self.reset()
+    self.mean.merge([o['mean'] for o in states])
+    for k in ('preds', 'target'): setattr(self, k, [x for o in states for x in o[k]])
+    if self.preds and self.mean.count: raise DataError(f"The metric `{self.name}` returns one value for each item in some processes, and a single number in others. Let it return one kind for batches of any size.")
+
+# %% ../../nbs/30_training/31a_running.ipynb #3d9d9e97
+@patch
+def merge(self:RunningObject,
+    states:Sequence[Mapping] # One from each process
+)->None:
+    "Become the metric over the items of all `states`."
+    own = hasattr(self.metric, 'merge')
+    if len(states)>1 and not own and not _inner(self.metric):
+        raise ConfigError(f"The metric `{self.name}` has no `merge`, which several processes need. Write `merge(self, state)`: take in the `state` that another one's `state_dict` gave. Or write the metric as a function of predictions and targets.")
+    self.reset()
+    for o in (o for o in states if o['count']):
+        if not self.count: self.load_state_dict(o)
+        elif own: self.metric.merge(o['metric'])
+        else: self.others += [o['metric'], *o['others']]
+    self.count = int(math.fsum(o['count'] for o in states))
+
+# %% ../../nbs/30_training/31a_running.ipynb #fe6f2d74
+@patch
+def _joined(self:RunningObject)->object:
+    "A copy of the metric of torchmetrics, with the sums of the others in it."
+    whole = deepcopy(self.metric)
+    for start,part in _inner(whole).items():
+        part._computed = None
+        for k,reduce in part._reductions.items(): setattr(part, k, _together([getattr(part, k), *(o[start+k] for o in self.others)], reduce, part.device))
+    return whole
+
+def _together(values:list, reduce:Callable|None, device:torch.device)->Tensor|list[Tensor]:
+    "One sum out of several, as torchmetrics does it between processes."
+    if any(isinstance(o, list) for o in values): return [x.to(device) for o in values for x in (o if isinstance(o, list) else [o])]
+    stacked = torch.stack([o.to(device) for o in values])
+    return stacked if reduce is None else reduce(stacked)
