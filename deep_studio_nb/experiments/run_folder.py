@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST_FORMAT', 'now', 'RunFolder', 'this_process', 'run_names', 'find_run']
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #3a5d31a4
-import json, os, socket
+import json, os, socket, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -67,12 +67,13 @@ def read(self:RunFolder) -> dict: # The manifest; see the design page for its ke
     return record
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #cb8907ad
-def _lock(handle:int, wait:bool=True) -> bool: # Whether it was had
+def _lock(handle:int, wait:bool=True) -> bool|None: # Whether it was had; None where there are no locks
     "Lock an open file or folder, where the system has such locks; it is let go when the process ends."
     try: import fcntl
-    except ImportError: return True # Windows: processes are told apart by the manifest alone
+    except ImportError: return None # Windows: processes are told apart by the manifest alone
     try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError: return False
+    except OSError: return None # some network file systems
     return True
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #918e9dc8
@@ -136,26 +137,45 @@ def _alive(pid:int) -> bool:
     except PermissionError: return True
     return True
 
-# %% ../../nbs/50_experiments/50_run_folder.ipynb #c041d95d
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #05044315
 @patch
-def status(self:RunFolder) -> str: # created, running, stopped, finished, failed or killed
-    "Say how the run stands; one whose process is gone without a word was `killed`."
+def is_alive(self:RunFolder) -> bool: # True where the process is on another machine, and nobody knows
+    "Say whether the process that wrote the manifest last is still there."
     record = self.read()
-    here = record.get('host')==socket.gethostname()
-    if record['status']=='running' and here and not _alive(record['pid']): return 'killed'
-    return record['status']
+    return record.get('host')!=socket.gethostname() or _alive(record['pid'])
 
-# %% ../../nbs/50_experiments/50_run_folder.ipynb #7329afb4
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #87e2d4f9
 @patch
 @contextmanager
-def claimed(self:RunFolder) -> Iterator[None]:
+def claimed(self:RunFolder,
+    patience:float=10. # Seconds to wait for what a dead process has left behind
+) -> Iterator[None]:
     "Keep other processes from training into this folder while the block runs."
     handle = os.open(self.path, os.O_RDONLY) if os.name=='posix' else None # elsewhere a folder cannot be opened
     try:
-        if handle is not None and not _lock(handle, wait=False): raise RunError(f'`{self.path}` is being trained by another process. Wait for it, or stop it first.')
+        until = time.monotonic() + (patience if self.manifest_path.exists() and not self.is_alive() else min(patience, 0.3))
+        while handle is not None and _lock(handle, wait=False) is False:
+            if time.monotonic()>until: raise RunError(f'`{self.path}` is being trained by another process. Wait for it, or stop it first.')
+            time.sleep(0.02)
         yield
     finally:
         if handle is not None: os.close(handle)
+
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #65e782cc
+@patch
+def _is_free(self:RunFolder) -> bool: # False where nobody knows
+    "Say whether nobody is training into this folder."
+    if os.name!='posix': return False
+    handle = os.open(self.path, os.O_RDONLY)
+    try: return _lock(handle, wait=False) is True
+    finally: os.close(handle)
+
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #7db294b3
+@patch
+def status(self:RunFolder) -> str: # created, running, stopped, finished, failed or killed
+    "Say how the run stands; one whose process is gone without a word was `killed`."
+    status = self.read()['status']
+    return 'killed' if status=='running' and (not self.is_alive() or self._is_free()) else status
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #60bf8855
 def run_names(
