@@ -37,16 +37,16 @@ class seeded:
     ): self.seed = derive(*keys)
     def __enter__(self):
         import numpy as np
-        self.kept = torch.default_generator.get_state(), random.getstate(), np.random.get_bit_generator(), np.random.get_state(legacy=False)
+        self.kept = torch.random.default_generator.get_state(), random.getstate(), np.random.get_bit_generator(), np.random.get_state(legacy=False)
         self.lent = _spares.pop() if _spares else np.random.MT19937()
         np.random.set_bit_generator(self.lent)
-        torch.default_generator.manual_seed(self.seed)
+        torch.random.default_generator.manual_seed(self.seed)
         random.seed(self.seed)
         np.random.seed(self.seed & 0xffffffff)
     def __exit__(self, *_):
         import numpy as np
         torch_state,python_state,bits,numpy_state = self.kept
-        torch.default_generator.set_state(torch_state)
+        torch.random.default_generator.set_state(torch_state)
         random.setstate(python_state)
         np.random.set_bit_generator(bits)
         if numpy_state['has_gauss']: np.random.set_state(numpy_state)
@@ -74,7 +74,7 @@ def _plain(o:object)->object:
 def rng_state()->dict: # By library: "torch", "numpy", "python", and "cuda" where it is in use
     "Read the states of all global generators."
     import numpy as np
-    state = dict(torch=torch.default_generator.get_state(), numpy=_plain(np.random.get_state(legacy=False)), python=_plain(random.getstate()))
+    state = dict(torch=torch.random.default_generator.get_state(), numpy=_plain(np.random.get_state(legacy=False)), python=_plain(random.getstate()))
     if torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state_all()
     return state
 
@@ -88,7 +88,7 @@ def set_rng_state(
         version,words,spare = state['python']
         random.setstate((version, tuple(words), spare))
         np.random.set_state(state['numpy'])
-        torch.default_generator.set_state(state['torch'])
+        torch.random.default_generator.set_state(state['torch'])
         for i,o in enumerate(state.get('cuda', ())[:torch.cuda.device_count()]): torch.cuda.set_rng_state(o, i)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise CheckpointError(f"The state of the random generators cannot be put back: {type(e).__name__}: {e}. Was the checkpoint written by another program?") from e
