@@ -110,13 +110,15 @@ def check_args(
     args:Mapping[str,object], # Arguments by name, as in a config
     given:int=0, # How many leading parameters the toolkit fills
     provided:Iterable[str]=(), # Names that the toolkit fills if they are asked for and not in `args`
-    needs_all:bool=True # Whether a missing argument is a problem
+    needs_all:bool=True, # Whether a missing argument is a problem
+    shared:Mapping[str,object]={} # Arguments that the toolkit takes beside those of `obj`, and their types
 )->list[ArgProblem]: # One for each mistake
     "Find what is wrong with `args` for calling `obj`, without calling it."
     if not (sig := signature_of(obj)): return []
     name,params,known = getattr(obj, '__name__', type(obj).__name__), list(sig.parameters.values()), set(provided)
     filled = [p.name for p in params if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:given]
     free = {p.name: p for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in filled}
+    free |= {k: inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=v) for k,v in shared.items() if k not in free}
     takes_any = any(p.kind==p.VAR_KEYWORD for p in params)
     found = [_filled(name, k, v) for k,v in args.items() if k in filled]
     found += [_unknown(name, k, v, free) for k,v in args.items() if k not in free and k not in filled and not takes_any]

@@ -70,7 +70,7 @@ def _is_part(spec:Any)->bool:
     if isinstance(spec, str): return True
     return isinstance(spec, Mapping) and set(spec)<={"type","args"} and isinstance(spec.get("type"), str) and isinstance(spec.get("args") or {}, Mapping)
 
-# %% ../../nbs/00_common/05b_parts.ipynb #af54ef4d
+# %% ../../nbs/00_common/05b_parts.ipynb #4976b62a
 def parts(
     data:dict # A config; what breaks the schema is passed over
 )->Iterator[tuple[KeyPath,Slot,str|dict]]: # Path, what it is, and its name or `{type, args}`
@@ -81,7 +81,20 @@ def parts(
         elif isinstance(value, dict) and section=="metrics": found = [((section,k),o) for k,o in value.items()]
         elif isinstance(value, list): found = [((section,i),o) for i,o in enumerate(value)]
         else: found = [((section,),value)]
-        yield from ((path,slot,o) for path,o in found if _is_part(o))
+        for path,o in found: yield from _with_inner(path, slot, o)
+
+# %% ../../nbs/00_common/05b_parts.ipynb #4911a1cd
+_INNER = dict(loss="losses", scheduler="schedulers") # The argument under which parts of a kind hold others
+
+def _with_inner(path:KeyPath, slot:Slot, spec:Any)->Iterator[tuple[KeyPath,Slot,str|dict]]:
+    "Give a part, and the parts in it."
+    if not _is_part(spec): return
+    yield path,slot,spec
+    name = _INNER.get(slot.kind)
+    inner = (spec.get("args") or {}).get(name) if isinstance(spec, Mapping) else None
+    for i,o in enumerate(inner if isinstance(inner, list) else ()):
+        if isinstance(o, Mapping): o = {k: v for k,v in o.items() if k in ("type","args")}
+        yield from _with_inner(path+("args",name,i), slot, o)
 
 # %% ../../nbs/00_common/05b_parts.ipynb #75e161c0
 def _at_type(path:KeyPath, spec:str|dict)->KeyPath: return path if isinstance(spec, str) else path+("type",)
@@ -123,7 +136,7 @@ def _part_problems(doc:Document, path:KeyPath, slot:Slot, spec:str|dict)->list[P
     provided = set(slot.provided) - ({"dataset"} if slot.kind=="loader" and "dataset" not in doc.data else set())
     needs_all = not called and not (slot.kind=="model" and _has_own_facts(doc.data))
     words = [k for k in ("weight","pos_weight") if slot.kind=="loss" and isinstance(args.get(k), str)]
-    found = check_args(obj, args|{k: [1.] for k in words}, slot.called_with if called else slot.given, provided, needs_all)
+    found = check_args(obj, args|{k: [1.] for k in words}, slot.called_with if called else slot.given, provided, needs_all, slot.shared)
     return [_word_problem(doc, path+("args",k), args[k]) for k in words if args[k] not in WEIGHT_KINDS] + [_arg_problem(doc, path, name, args, p) for p in found]
 
 # %% ../../nbs/00_common/05b_parts.ipynb #1ca7dfd2

@@ -135,11 +135,14 @@ class Slot(NamedTuple):
     provided:tuple[str,...] = () # Names of parameters that the toolkit fills if a part has them
     given:int = 0 # Number of leading parameters that it always fills
     called_with:int = 0 # The same for a function that is itself the part: a loss gets predictions and targets
+    shared:dict[str,Any] = {} # Arguments that the toolkit takes beside a part's own, and their types
 
 FACTS = ("task", "num_classes", "classes", "class_counts", "in_channels", "in_features", "out_channels", "out_features", "image_size", "input", "mode",
     "num_numbers", "category_sizes", "vocab_size", "pad_id", "target_mean", "target_std", "ignore_index")
 WEIGHT_KINDS = ("balanced", "sqrt", "effective") # Words for a loss's `weight` or `pos_weight`, instead of a number a class
 SECTIONS:dict[str,Slot] = dict(
     dataset=Slot("dataset"), data_loader=Slot("loader", ("dataset", "seed")), transforms=Slot("transform", called_with=1), arch=Slot("model", FACTS),
-    loss=Slot("loss", FACTS, called_with=2), metrics=Slot("metric", FACTS, called_with=2), optimizer=Slot("optimizer", given=1),
-    lr_scheduler=Slot("scheduler", ("total_steps", "epochs", "steps_per_epoch", "T_max"), 1), callbacks=Slot("callback"), trackers=Slot("tracker"))
+    loss=Slot("loss", FACTS, called_with=2), metrics=Slot("metric", FACTS, called_with=2),
+    optimizer=Slot("optimizer", given=1, shared=dict(no_decay=bool|str|list, groups=dict, layer_decay=float|dict)),
+    lr_scheduler=Slot("scheduler", ("total_steps", "epochs", "steps_per_epoch", "T_max"), 1,
+        shared=dict(warmup_epochs=float, warmup_steps=int, warmup_from=float, per=typing.Literal["batch", "epoch"])), callbacks=Slot("callback"), trackers=Slot("tracker"))
