@@ -13,6 +13,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 import torch
@@ -139,7 +140,14 @@ def own_folder(
     folder = Path(folder)
     mine = source is not None and Path(source).resolve().parent==folder.resolve()
     taken = any(not o.name.startswith(".") for o in folder.glob("*.pt")) # a write that was killed leaves a hidden draft
+    if mine: _clear_drafts(folder)
     return new_folder(folder.parent, folder.name) if taken and not mine else folder
+
+def _clear_drafts(folder:Path):
+    "Remove what `atomic_path` could not."
+    for o in folder.glob(".*.pt"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.pt", o.name):
+            with suppress(OSError): o.unlink()
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #cc61e345
 def weights_of(
