@@ -8,6 +8,7 @@ __all__ = ['BaseDataLoader']
 # %% ../../nbs/10_data/18e_base_loader.ipynb #88d69c05
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils import data as torch_data
 from ..common.errors import DataError, StudioError, did_you_mean, listed
 from ..common.logs import get_logger
 from ..common.randomness import generator
+from ..common.shares import SharedBatches, share_of
 from .augment import plan_of  # noqa: F401 (gives transforms their plan)
 from .bad_files import remember_bad
 from .batches import EpochSampler
@@ -92,6 +94,7 @@ def _begin(self:BaseDataLoader, ds, batch_size, shuffle, num_workers, collate_fn
     self._given_collate = collate_fn or getattr(ds, 'collate', None)
     self._bad:dict[int,BadFile] = {}   # number -> what was found
     self.skipped = 0                   # batches of the epoch at work that had nothing in them
+    self._share = 0,1                  # number of this process and how many divide each batch
     order = order_of(ds, *sampling, batch_size, seed) if ds.stage=='train' else None
     sampler = EpochSampler(len(ds), shuffle, seed, ds.stage=='train', order)
     torch_data.DataLoader.__init__(self, ds, batch_size, sampler=sampler, collate_fn=Packed(self._given_collate), drop_last=drop_last, worker_init_fn=in_worker, generator=generator(seed, 'workers'))
@@ -108,7 +111,9 @@ def _gathered(self:BaseDataLoader, order):
     "Pick batch after batch in `order`."
     gather,n = self.dataset.gather,len(order)
     if self.drop_last: n -= n%self.batch_size
-    for idx in order[:n].split(self.batch_size) if n else (): yield gather(idx)
+    for idx in order[:n].split(self.batch_size) if n else ():
+        if self._share!=(0,1): idx = idx[share_of(len(idx), *self._share)]
+        yield gather(idx) if len(idx) else None
 
 # %% ../../nbs/10_data/18e_base_loader.ipynb #84637638
 @patch
@@ -164,7 +169,7 @@ def _readable(self:BaseDataLoader, made):
     "Pass the batches on that have something in them, noting what is missing."
     for batch,bad in made:
         for i,e in bad: self._leave_out(i, e)
-        if batch is not None: yield batch
+        if batch is not None or self._share!=(0,1): yield batch
         else: self.skipped += 1
 
 # %% ../../nbs/10_data/18e_base_loader.ipynb #049e6c6b
@@ -174,7 +179,7 @@ def __iter__(self:BaseDataLoader)->Iterator:
     if self.gathers: return self._gathered(self.sampler.take()[0])
     if not self._settled: self._settle()
     if self._by_threads or picks_pixels(self.dataset) and not self.num_workers:
-        jobs,make = Jobs(*self.sampler.take(), self.batch_size, self.drop_last),Maker(self.dataset, self.collate_fn)
+        jobs,make = Jobs(*self.sampler.take(), self.batch_size, self.drop_last, self._share),Maker(self.dataset, self.collate_fn)
         return self._readable(self._threads.ahead(make, jobs) if self._by_threads else map(make, jobs))
     with without_ctrl_c() if self.num_workers else nullcontext(): batches = super(BaseDataLoader, self).__iter__()
     return self._readable(self._loaded(batches))
@@ -195,3 +200,15 @@ def start_at(self:BaseDataLoader,
     "Begin the next iteration, and only that one, at batch `step`, without loading those before it."
     if step<0 or not 0<=step+skipped<=len(self): raise DataError(f"`step` is {step+skipped}, but an epoch has {len(self)} batches.")
     self.sampler.start,self.skipped = (step+skipped)*self.batch_size,skipped
+
+# %% ../../nbs/10_data/18e_base_loader.ipynb #5568e6bd
+@patch
+def for_process(self:BaseDataLoader,
+    rank:int, # Number of the process, from 0
+    world:int # How many processes there are
+)->BaseDataLoader: # Moves with this one: the epoch and the start are those of both
+    "Make a loader that gives a process its share of each batch, or None where there is nothing for it."
+    res = copy(self)
+    res._share = rank,world
+    object.__setattr__(res, 'batch_sampler', SharedBatches(self.batch_sampler, rank, world))   # torch refuses to change it, as a loader at work would not notice
+    return res

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from torch import Tensor
 from torch.utils.data import default_collate
+from ..common.shares import share_of
 from .batches import Collate
 from .samples import BaseDataset, Index, Samples
 
@@ -38,10 +39,12 @@ class Jobs:
         order:Tensor, # (n,) numbers of samples
         draws:Tensor, # (n,) seeds of their draws
         batch_size:int, # Samples in a batch
-        drop_last:bool=False # Whether to leave out a last batch that is not full
+        drop_last:bool=False, # Whether to leave out a last batch that is not full
+        share:tuple[int,int]=(0,1) # Number of this process and how many there are; each has its part of every batch
     ):
         n = len(order) - (len(order)%batch_size if drop_last else 0)
         self.parts = list(zip(order[:n].split(batch_size), draws[:n].split(batch_size))) if n else []
+        if share!=(0,1): self.parts = [tuple(o[share_of(len(o), *share)] for o in part) for part in self.parts]
 
     def __len__(self): return len(self.parts)
     def __iter__(self)->Iterator[tuple[Tensor,Tensor]]: return iter(self.parts)
@@ -66,6 +69,7 @@ class Maker:
     )->tuple[Any,list]: # As `Packed` gives it
         "Make one batch."
         order,draws = job
+        if not len(order): return None,[]
         if not self.picks: return self.collate(Samples(self.dataset, [Index(i, o) for i,o in zip(order.tolist(), draws.tolist())]))
         x,*rest = self.dataset.gather_pixels(order)
         return (self.dataset.plan.batch(x, draws), *rest),[]

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 import torch
+from ..common.processes import local_world
 
 # %% ../../nbs/10_data/18b_workers.ipynb #4fa75066
 def _quota():
@@ -27,9 +28,9 @@ def _quota():
         if limit not in ('max','-1'): yield max(1, math.floor(int(limit)/int(period)))
 
 def usable_cores()->int: # At least 1
-    "Count the cores that this process may use."
+    "Count the cores that this process may use; several processes of a run share them."
     n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min([n, *_quota()])
+    return max(min([n, *_quota()])//local_world(), 1)
 
 MOST_WORKERS = 8
 
