@@ -18,7 +18,6 @@ from ..common.devices import pick_device
 from ..common.logs import get_logger
 from ..common.randomness import rng_state, seed_all, set_rng_state
 from .batches import begin_order, length_of, rest_of
-from .checkpoints import find_checkpoint, load_checkpoint
 from .events import Callback, handlers, order_callbacks
 from .history import History
 from .losses import build_loss
@@ -26,16 +25,16 @@ from .metrics import build_metrics
 from .monitor import Monitor, check_given, pick_monitor
 from .optimizers import build_optimizer
 from .progress import Progress, add_callback, all_callbacks
+from .resumable import Resumable
 from .run_checks import check_run, plain_values, take_folder, whole_number
 from .run_lines import broken_loss, early_line, epoch_line, stopped_line
-from .run_state import restore_run, run_state, save_state
 from .schedulers import build_scheduler
 from .stopping import stop_signals
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #2fe7ae95
 _log = get_logger("training")
 
-class BaseTrainer:
+class BaseTrainer(Resumable):
     "Run epochs and look after them: derive from it and write `_train_epoch(epoch)`, which returns the epoch's values by name."
     def __init__(self,
         model:nn.Module, # Moved to `device`
@@ -53,6 +52,8 @@ class BaseTrainer:
         early_stop:int=0, # Stop after so many epochs without a better monitored value; 0 never stops
         save_period:int=1, # Keep every n-th epoch as epoch_N.pt; 0 keeps none
         folder:str|Path|None=None, # Where checkpoints go; None saves nothing
+        restore_best:bool=True, # End with the weights of the best epoch
+        on_save_error:str="stop", # What a checkpoint that cannot be written does: "stop" the run, or "continue"
         callbacks:Iterable[Callback|str|dict]=(), # Objects, names or specs
         progress:bool|Progress=True, # Show progress
         meta:dict|None=None, # Plain data to keep in every checkpoint
@@ -64,8 +65,9 @@ class BaseTrainer:
         self._take_scores(loss, metrics)
         self.history = History(monitor=pick_monitor(monitor, valid_loader is not None, early_stop))
         self.optimizer = build_optimizer(optimizer or "AdamW", self.model)
-        self.scheduler = build_scheduler(scheduler, self.optimizer, self.epochs, self.batches or 0, self.monitor.mode if self.monitor else "min")
+        self.scheduler = build_scheduler(scheduler, self.optimizer, self.epochs, self.updates_per_epoch or 0, self.monitor.mode if self.monitor else "min")
         self.callbacks = all_callbacks(callbacks, progress, log_step)
+        self._begin_keeping(on_save_error, restore_best)
         self._begin()
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #b8c448d1
@@ -83,14 +85,18 @@ def _begin(self:BaseTrainer):
     self.epoch = self.step = self.steps = 0     # number of the epoch at work, steps done in it, steps in all
     self.loss = None                            # () loss of the latest step
     self.improved = self.stopped = False        # whether the latest epoch is the best; whether the run was stopped before its end
-    self._seconds,self._rng,self._order,self._source,self._claimed = 0.,None,None,None,False
-    self._handlers,self._asked,self._stop,self._warned = handlers([]),set(),False,False
+    self._handlers,self._stop,self._warned = handlers([]),False,False
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #a952810f
 @patch(as_prop=True)
 def batches(self:BaseTrainer)->int|None:
     "Count the batches of an epoch; None if the loader does not know."
     return length_of(self.train_loader)
+
+@patch(as_prop=True)
+def updates_per_epoch(self:BaseTrainer)->int|None:
+    "Count the steps of the optimizer in an epoch; None if the loader does not know."
+    return None if self.batches is None else -(-self.batches//self.accumulate)
 
 @patch(as_prop=True)
 def monitor(self:BaseTrainer)->Monitor|None:
@@ -120,6 +126,7 @@ def check(self:BaseTrainer):
 def _prepare(self:BaseTrainer):
     "Check, and take the folder."
     self.check()
+    if self.left: self._take_back()
     if self.folder is None or self._claimed: return
     self.folder,self._claimed = take_folder(self.folder, self._source),True
 
@@ -129,12 +136,18 @@ def train(self:BaseTrainer)->History: # One row for each finished epoch
     "Run the epochs that are left. Ctrl-C or Stop ends it after the step at work, with everything saved; calling it again goes on exactly."
     self._prepare()
     with self._running():
-        while self.left and not self._stop: self._run_epoch()
-    self.stopped = self._stop and self.left>0
+        while self.left and not self._halted(): self._run_epoch()
+        self._finish()
     self._say_why()
     return self.history
 
 BaseTrainer.fit = BaseTrainer.train
+
+@patch
+def _finish(self:BaseTrainer):
+    "Note whether the run was stopped; give the model its best weights if not."
+    self.stopped = self._stop and self.left>0
+    if not self.stopped: self._end_with_best()
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #978556c5
 @patch(as_prop=True)
@@ -149,6 +162,16 @@ def left(self:BaseTrainer)->int:
     if self.early_stop and self.waited>=self.early_stop: return 0
     return max(self.epochs-len(self.history), 0)
 
+# %% ../../nbs/30_training/38_base_trainer.ipynb #159aa73c
+@patch
+def _wire(self:BaseTrainer):
+    "Get ready what the steps work with; called when a training begins."
+
+@patch
+def _halted(self:BaseTrainer)->bool:
+    "Say whether to stop here; asked after each batch."
+    return self._stop
+
 # %% ../../nbs/30_training/38_base_trainer.ipynb #4056375e
 @patch
 @contextmanager
@@ -160,7 +183,9 @@ def _running(self:BaseTrainer)->Iterator[None]:
     try:
         with stop_signals(self.stop):
             self._call("before_fit")
-            try: yield
+            try:
+                self._wire()
+                yield
             finally: self._call("after_fit")
     finally: set_rng_state(kept)
 
@@ -205,6 +230,7 @@ def _end_epoch(self:BaseTrainer, values:dict[str,float]):
     self.scheduler.after_epoch(row[self.monitor.name] if self.monitor else None)
     self._call("after_epoch")
     self._report(row)
+    self._keep_best()
     self._save_epoch()
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #c479d806
@@ -223,54 +249,11 @@ def _say_why(self:BaseTrainer):
     if self.stopped: _log.warning("%s", stopped_line(self))
     elif len(self.history)<self.epochs: _log.info("%s", early_line(self))
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #333b2d7c
-@patch
-def _epoch_state(self:BaseTrainer)->dict:
-    "Return what a subclass must keep to go on within an epoch."
-    return {}
-
-@patch
-def _load_epoch_state(self:BaseTrainer, state:dict):
-    "Take back what `_epoch_state` returned."
-
-@patch
-def state_dict(self:BaseTrainer)->dict: # Tensors and plain data
-    "Gather everything that is needed to go on exactly."
-    return run_state(self)
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #7e3846f9
-@patch
-def _save_asked(self:BaseTrainer, first:Iterable[str]=(), last:Iterable[str]=()):
-    "Save the state under the names that were asked for, and those in `first` and `last`."
-    names,self._asked = [*first, *sorted(self._asked), *last],set()
-    if names and self.folder is not None: save_state(self.folder, names, self.state_dict())
-
-@patch
-def _save_epoch(self:BaseTrainer):
-    "Save after an epoch: the best if it is, each `save_period`-th, those asked for, and always the last."
-    periodic = self.save_period and self.epoch%self.save_period==0
-    self._save_asked(["best_model.pt"]*self.improved + [f"epoch_{self.epoch}.pt"]*bool(periodic), ["last.pt"])
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #e9d42792
-@patch
-def _pause(self:BaseTrainer):
-    "Keep the place within an epoch, and save it."
-    self._rng = rng_state() if self.step else None
-    self.ask_save("last.pt")
-    self._save_asked()
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #3c103da8
+# %% ../../nbs/30_training/38_base_trainer.ipynb #79c95154
 @patch
 def stop(self:BaseTrainer):
     "Ask the run to end after the step at work, saving its state."
     self._stop = True
-
-@patch
-def ask_save(self:BaseTrainer,
-    name:str # File name within `folder`, such as "step_500.pt"
-):
-    "Ask for a checkpoint as soon as all callbacks have had the event at work."
-    self._asked.add(name)
 
 @patch
 def add(self:BaseTrainer,
@@ -278,19 +261,6 @@ def add(self:BaseTrainer,
 )->BaseTrainer: # The trainer itself
     "Add a callback, in front of the progress display."
     add_callback(self.callbacks, callback)
-    return self
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #acc3a62a
-@patch
-def load(self:BaseTrainer,
-    source:str|Path|Mapping # A checkpoint, a folder with `last.pt`, or the state itself
-)->BaseTrainer: # The trainer itself
-    "Put back the state of a run, so that `train` goes on from there."
-    state = source
-    if not isinstance(source, Mapping):
-        path = find_checkpoint(source)
-        state,self._source = load_checkpoint(path),path
-    restore_run(self, state)
     return self
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #4120278d

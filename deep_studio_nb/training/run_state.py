@@ -18,14 +18,19 @@ from .checkpoints import link_checkpoint, load_model_state, load_part, pack_part
 def _place(trainer:Any)->dict:
     "Say where a run is."
     best = trainer.history.best()
-    return {"epoch": len(trainer.history), "step": trainer.step, "steps": trainer.steps, "batches": trainer.batches, "seconds": trainer._seconds, "seed": trainer.seed,
+    return {"epoch": len(trainer.history), "step": trainer.step, "steps": trainer.steps, "updates": trainer.updates, "batches": trainer.batches, "seconds": trainer._seconds, "seed": trainer.seed,
             "monitor": str(trainer.monitor or "off"), "best": best and {"epoch": best["epoch"], "value": best[trainer.monitor.name]}, "history": trainer.history.rows}
 
 # %% ../../nbs/30_training/37d_run_state.ipynb #d709d3e9
 def _parts(trainer:Any)->dict:
-    "Take the states of model, optimizer, schedule and callbacks."
-    return {"model": trainer.model.state_dict(), "optimizer": pack_part(trainer.optimizer), "scheduler": pack_part(trainer.scheduler.scheduler),
+    "Take the states of model, optimizer, schedule, scaler and callbacks."
+    return {"model": trainer.raw_weights(), "averaged": trainer.averaged(), "best_weights": trainer.best_weights, "optimizer": pack_part(trainer.optimizer),
+            "scheduler": pack_part(trainer.scheduler.scheduler), "scaler": pack_part(trainer.scaler),
             "callbacks": {o.name: pack_part(o) for o in trainer.callbacks if o.state_dict()}}
+
+def _ways(trainer:Any)->dict:
+    "Take how steps are made: parts of a batch, switches, and the gradients of a step that is not yet full."
+    return {"micro": trainer.micro, "speed": trainer.chosen, "grads": trainer._grads_state()}
 
 # %% ../../nbs/30_training/37d_run_state.ipynb #0e6abbd2
 def _draws(trainer:Any)->dict:
@@ -39,7 +44,7 @@ def run_state(
     trainer:Any # A trainer, between two steps
 )->dict: # Tensors and plain data
     "Gather everything that is needed to go on exactly."
-    return {**_place(trainer), **_parts(trainer), **_draws(trainer), "meta": trainer.meta}
+    return {**_place(trainer), **_parts(trainer), **_ways(trainer), **_draws(trainer), "meta": trainer.meta}
 
 # %% ../../nbs/30_training/37d_run_state.ipynb #8c429965
 def save_state(
@@ -61,7 +66,7 @@ def _check_place(trainer:Any, state:Mapping):
 # %% ../../nbs/30_training/37d_run_state.ipynb #4219d081
 def _check_schedule(trainer:Any):
     "Refuse a schedule that was made for a shorter run than this one."
-    schedule,planned = trainer.scheduler.scheduler,trainer.epochs*(trainer.batches or 0)
+    schedule,planned = trainer.scheduler.scheduler,trainer.epochs*(trainer.updates_per_epoch or 0)
     total = getattr(schedule, "total_steps", None)
     if total is None or total>=planned: return
     raise CheckpointError(f"The `{type(schedule).__name__}` of the checkpoint ends after {total} steps, but this run has {planned}. "
@@ -80,11 +85,13 @@ def _load_place(trainer:Any, state:Mapping):
     "Put back the history, the counters and the random state."
     if state["seed"]!=trainer.seed: get_logger("training").warning("The checkpoint was made with seed %s, so the run goes on with that instead of %s.", state["seed"], trainer.seed)
     trainer.history.rows = [dict(o) for o in state["history"]]
-    trainer.seed,trainer.step,trainer.steps,trainer.epoch = state["seed"],state["step"],state["steps"],len(trainer.history)
+    trainer.seed,trainer.step,trainer.steps,trainer.updates,trainer.epoch = state["seed"],state["step"],state["steps"],state["updates"],len(trainer.history)
+    trainer.micro,trainer.chosen,trainer.best_weights = state["micro"],state["speed"],state["best_weights"]
     trainer._seconds,trainer._rng,trainer._order = state["seconds"],state["rng"],state["order"]
     own = getattr(trainer.train_loader, "generator", None)
     if own is not None and state["order"] is not None: own.set_state(state["order"])
     if trainer.step: trainer._load_epoch_state(state["within"])
+    trainer._load_grads_state(state["grads"])
 
 # %% ../../nbs/30_training/37d_run_state.ipynb #42b9eb0b
 def restore_run(
@@ -96,6 +103,7 @@ def restore_run(
     load_model_state(trainer.model, state["model"])
     load_part("optimizer", trainer.optimizer, state["optimizer"])
     load_part("scheduler", trainer.scheduler.scheduler, state["scheduler"])
+    load_part("scaler", trainer.scaler, state["scaler"])
     _check_schedule(trainer)
     _load_callbacks(trainer, state["callbacks"])
     _load_place(trainer, state)

@@ -7,6 +7,8 @@ __all__ = ['Trainer', 'validate']
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #be023034
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -19,63 +21,140 @@ from .base_trainer import BaseTrainer
 from .losses import build_loss
 from .metrics import Meter
 from .monitor import check_monitor
-from .passes import evaluated, forward_train, size_of, target_of
-from .run_checks import batch_error, check_first_batch
+from .passes import PRECISIONS, as_channels_last, casting, evaluated, forward_train, in_full, size_of, target_of
+from .run_checks import above_zero, batch_error, check_first_batch, one_of, whole_number
+from .steps import clip_gradients, grads_of, group_factor, make_scaler, scale_gradients, share
 
-# %% ../../nbs/30_training/38a_trainer.ipynb #c6604561
+# %% ../../nbs/30_training/38a_trainer.ipynb #0e263d8b
 @TRAINERS.register
 class Trainer(BaseTrainer):
     "Train a model on the batches of a loader, and validate it after each epoch."
+    def __init__(self,
+        model:nn.Module, # Moved to the device
+        train_loader:Iterable, # Batches; inputs first, targets last
+        valid_loader:Iterable|None=None, # The same for validation
+        *,
+        precision:str="fp32", # Numbers of the forward pass: "fp32", "bf16" or "fp16"
+        accumulate:int=1, # Batches that make one step of the optimizer
+        clip_norm:float|None=None, # Longest gradient, over all parameters together
+        clip_value:float|None=None, # Largest entry of a gradient
+        channels_last:bool=False, # Keep pictures as height, width, channels in memory
+        **kwargs # As for `BaseTrainer`
+    ):
+        self.precision,self.accumulate = one_of("precision", precision, PRECISIONS),whole_number("accumulate", accumulate, 1)
+        self.clip_norm,self.clip_value,self.channels_last = above_zero("clip_norm", clip_norm),above_zero("clip_value", clip_value),bool(channels_last)
+        super().__init__(model, train_loader, valid_loader, **kwargs)
+
     def _begin(self):
         super()._begin()
         self.batch = self.preds = self.losses = self.values = None      # of the step at work
-        self.meter = Meter(self.metrics)
+        self.meter,self.scaler = Meter(self.metrics),make_scaler(self.device, self.precision)
+        self._sizes = []                                                # samples of the batches since the latest step of the optimizer
         if self.loss_fn is None and not hasattr(self.model, "forward_train"):
             raise ConfigError(f"`{type(self.model).__name__}` has no `forward_train`, so it needs a `loss`, such as `cross_entropy`.")
 
-# %% ../../nbs/30_training/38a_trainer.ipynb #909db9cf
+# %% ../../nbs/30_training/38a_trainer.ipynb #c39b3bfd
+@patch
+def _wire(self:Trainer):
+    "Get ready what the steps work with."
+    if self.channels_last: self.model.to(memory_format=torch.channels_last)
+    self.net = partial(forward_train, self.model, loss_fn=self.loss_fn)     # batch -> predictions, losses, values
+    self._cast = casting(self.device, self.precision)
+
+# %% ../../nbs/30_training/38a_trainer.ipynb #e45b403e
 @patch
 def _train_epoch(self:Trainer, epoch:int)->dict|None:
     "Train on the batches of an epoch that are left, then validate; None if stopped in between."
     if not self.model.training: self.model.train()
     if not self.step: self.meter.reset()
     for batch in self._batches():
-        self.batch = to_device(batch, self.device)
+        self.batch = self._placed(batch)
         self._call("before_batch")
-        self._forward()
-        self._call("after_loss")
-        self.loss.backward()
+        self._learn()
         self._call("after_backward")
-        self._update()
-        self._call("after_step")
+        if self._is_full() and self._update(): self._call("after_step")
         self._count()
         self._call("after_batch")
         if self._asked: self._save_asked()
-        if self._stop: return None
+        if self._halted(): return None
+    if self._sizes and self._update(): self._call("after_step")
     return self._results(epoch)
 
-# %% ../../nbs/30_training/38a_trainer.ipynb #0eae78ad
+# %% ../../nbs/30_training/38a_trainer.ipynb #5f5090c6
+@patch
+def _placed(self:Trainer, batch:Any)->Any:
+    "Bring a batch to where the model is."
+    batch = to_device(batch, self.device)
+    return as_channels_last(batch) if self.channels_last else batch
+
+@patch
+def _learn(self:Trainer):
+    "Go forward and back through the batch."
+    self._sizes.append(size_of(self.batch) or 1)
+    self._forward()
+    self._call("after_loss")
+    self._backward()
+
+# %% ../../nbs/30_training/38a_trainer.ipynb #5bcc741d
 @patch
 def _forward(self:Trainer):
     "Predict and score the batch."
-    if not self.steps and not hasattr(self.model, "forward_train"): check_first_batch(self.model, self.batch, self.loss_fn)
-    try: self.preds,self.losses,self.values = forward_train(self.model, self.batch, self.loss_fn)
-    except ValueError as e: raise batch_error(e, self.step+1)
-    self.loss = self.losses.total
+    with self._cast:
+        if not self.steps and not hasattr(self.model, "forward_train"): check_first_batch(self.model, self.batch, self.loss_fn)
+        try: self.preds,self.losses,self.values = self.net(self.batch)
+        except ValueError as e: raise batch_error(e, self.step+1)
+        self.loss = self.losses.total
 
-# %% ../../nbs/30_training/38a_trainer.ipynb #57079d8b
 @patch
-def _update(self:Trainer):
-    "Move the weights, forget the gradients, move the schedule if it counts batches."
-    self.optimizer.step()
+def _backward(self:Trainer):
+    "Add the gradients of the batch to those of its group."
+    loss = self.loss if len(self._sizes)==1 else self.loss*share(self._sizes)
+    if self.scaler is not None: loss = self.scaler.scale(loss)
+    loss.backward()
+
+# %% ../../nbs/30_training/38a_trainer.ipynb #dda4cd81
+@patch
+def _is_full(self:Trainer)->bool:
+    "Say whether the batch at work is the last of its group."
+    return len(self._sizes)>=self.accumulate or self.step+1==self.batches
+
+# %% ../../nbs/30_training/38a_trainer.ipynb #bfe83b23
+@patch
+def _update(self:Trainer)->bool: # Whether they moved
+    "Move the weights by the gradients of the group, forget those, move the schedule if it counts steps."
+    self._ready_gradients()
+    moved = self._step()
     self.optimizer.zero_grad()
-    self.scheduler.after_batch()
+    self._sizes.clear()
+    if moved:
+        self.updates += 1
+        self.scheduler.after_batch()
+    return moved
+
+@patch
+def _ready_gradients(self:Trainer):
+    "Make the sum over the group a mean, and bound it."
+    if self.scaler is not None: self.scaler.unscale_(self.optimizer)
+    if len(self._sizes)>1: scale_gradients(grads_of(self.optimizer), group_factor(self._sizes))
+    if self.clip_norm or self.clip_value: clip_gradients(self.optimizer, self.clip_norm, self.clip_value)
+
+@patch
+def _step(self:Trainer)->bool: # Whether the weights moved
+    "Let the optimizer move the weights."
+    if self.scaler is None:
+        self.optimizer.step()
+        return True
+    before = self.scaler.get_scale()
+    self.scaler.step(self.optimizer)
+    self.scaler.update()
+    return self.scaler.get_scale()>=before
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #6200cb77
 @patch
 def _count(self:Trainer):
     "Add the batch to the sums of the epoch."
-    self.meter.add(self.losses, self.preds, target_of(self.batch), size_of(self.batch), self.values)
+    preds = self.preds if self.precision=="fp32" else in_full(self.preds)
+    self.meter.add(self.losses, preds, target_of(self.batch), size_of(self.batch), self.values)
     self.step += 1
     self.steps += 1
     if self.steps==1: self._check_names()
@@ -100,7 +179,7 @@ def _valid_epoch(self:Trainer,
     self._call("before_validate")
     try:
         seed_all(self.seed, "valid", epoch)
-        res = self._valid_values()
+        with self.using_averaged(): res = self._valid_values()
     finally: self._call("after_validate")
     if res is None: return None
     if not res: raise DataError("`valid_loader` gave no batches. A generator can be used up: give a `DataLoader` or a list.")
@@ -111,9 +190,9 @@ def _valid_epoch(self:Trainer,
 def _valid_values(self:Trainer)->Metrics|None: # Empty without batches; None if stopped in between
     "Score the model on the valid split."
     meter = Meter(self.metrics)
-    for preds,target,losses,values in evaluated(self.model, self.valid_loader, self.loss_fn, self.device):
+    for preds,target,losses,values in evaluated(self.model, self.valid_loader, self.loss_fn, self.device, precision=self.precision):
         meter.add(losses, preds, target, _items(target, preds), values)
-        if self._stop: return None
+        if self._halted(): return None
     return meter.compute()
 
 def _items(target, preds)->int|None:
@@ -146,6 +225,19 @@ def _epoch_state(self:Trainer)->dict:
 def _load_epoch_state(self:Trainer, state:dict):
     "Put the sums of the epoch back."
     self.meter.load_state_dict(state)
+
+@patch
+def _grads_state(self:Trainer)->dict|None:
+    "Keep the gradients of a group that is not yet full."
+    return {"sizes": [*self._sizes], "grads": {k: p.grad for k,p in self.model.named_parameters() if p.grad is not None}} if self._sizes else None
+
+@patch
+def _load_grads_state(self:Trainer, state:dict|None):
+    "Put the gradients of a group back."
+    self.optimizer.zero_grad()
+    self._sizes = [*state["sizes"]] if state else []
+    for k,p in self.model.named_parameters():
+        if state and k in state["grads"]: p.grad = state["grads"][k].to(p.device, copy=True)
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #4ba5cca0
 def validate(
