@@ -59,7 +59,7 @@ def _words(name:str, curves:dict, low:float, high:float, last:float)->str:
     kinds = [o for o in ("train", "valid") if o in curves]
     names = "".join(at(_LEFT+_W-34*(len(kinds)-1-i), 12, "end", k, f" style='fill:{_COLORS[k]}'") for i,k in enumerate(kinds))
     return (at(_LEFT, 12, "start", name, " font-weight='bold'") + names + at(_LEFT-4, _TOP+9, "end", format_value("", float(high))) +
-            at(_LEFT-4, _TOP+_H, "end", format_value("", float(low))) + at(_LEFT+_W, _TOP+_H+14, "end", f"epoch {last:.4g}") + at(_LEFT, _TOP+_H+14, "start", "0"))
+            at(_LEFT-4, _TOP+_H, "end", format_value("", float(low))) + at(_LEFT+_W, _TOP+_H+14, "end", f"epoch {round(last, 1):.10g}") + at(_LEFT, _TOP+_H+14, "start", "0"))
 
 # %% ../../nbs/30_training/35a_live_curves.ipynb #4325308d
 def live_curves(

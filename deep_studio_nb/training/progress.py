@@ -9,10 +9,12 @@ __all__ = ['share_done', 'seconds_left', 'Progress', 'LogSteps', 'all_callbacks'
 import math
 from collections.abc import Iterable
 from time import perf_counter
+from fastcore.basics import patch
 from ..common.errors import ConfigError
 from ..common.logs import get_logger
 from ..common.registry import CALLBACKS
 from .events import Callback
+from .live_curves import thinned
 from .run_lines import epoch_line, now_line
 from .views import LineView, NotebookView, pick_view
 
@@ -33,19 +35,25 @@ def seconds_left(
     "Guess how long the rest of a run takes."
     return passed*(1-share)/(share-first) if share>first else math.nan
 
-# %% ../../nbs/30_training/36_progress.ipynb #2e018e11
+# %% ../../nbs/30_training/36_progress.ipynb #4c2375c8
 @CALLBACKS.register
 class Progress(Callback):
     "Show where a run is, as the place it runs in can show it."
     def __init__(self,
         view:LineView|NotebookView|None=None # Chosen by where the output goes if None
     ):
-        self.view,self._next = view,math.inf
+        self.view,self._next,self._open = view,math.inf,False
 
     def before_fit(self, trainer):
-        self._view = self.view or pick_view()
+        if not self._open: self.open()
+        self._open = False
         self._began,self._first = perf_counter(),share_done(trainer)
         self._next = self._began + self._view.every
+
+    def open(self):
+        "Take a place to show a run: the output of the cell at work."
+        self._view,self._steps,self._open = self.view or pick_view(),[],True
+        self._view.begin()
 
     def after_batch(self, trainer):
         if perf_counter()>=self._next: self._now(trainer)
@@ -53,17 +61,31 @@ class Progress(Callback):
     def before_validate(self, trainer):
         if perf_counter()>=self._next: self._now(trainer, "validating")
 
-    def _now(self, trainer, note:str=""):
-        "Show the moving line, and say when to come back."
-        left = seconds_left(perf_counter()-self._began, self._first, share_done(trainer))
-        self._view.now(now_line(trainer, left, note), trainer.history)
-        self._next = perf_counter() + self._view.every
-
     def after_epoch(self, trainer):
         row,history = trainer.history[-1],trainer.history
         self._view.epoch(epoch_line(row, trainer.epochs, row is history._marked()), history)
 
-    def after_fit(self, trainer): self._view.done(trainer.history)
+    def after_fit(self, trainer):
+        self._next = math.inf
+        self._view.done(trainer.history)
+
+# %% ../../nbs/30_training/36_progress.ipynb #aae0b3cc
+@patch
+def _now(self:Progress, trainer, note:str=""):
+    "Show the moving line, and say when to come back."
+    left = seconds_left(perf_counter()-self._began, self._first, share_done(trainer))
+    loss = trainer.loss.item() if hasattr(trainer.loss, "item") else trainer.loss
+    if loss is not None and trainer.batches: self._steps.append((share_done(trainer)*trainer.epochs, loss))
+    if len(self._steps)>400: self._steps = thinned(self._steps)
+    self._view.now(now_line(trainer, left, note), trainer.history, self._steps)
+    self._next = perf_counter() + self._view.every
+
+# %% ../../nbs/30_training/36_progress.ipynb #3fb0b79c
+@patch
+def say(self:Progress, trainer, note:str, ended:bool=False):
+    "Show `note` at once."
+    if ended: self._view.done(trainer.history, note)
+    else: self._view.now(now_line(trainer, note=note), trainer.history, self._steps)
 
 # %% ../../nbs/30_training/36_progress.ipynb #ccce0a02
 _log = get_logger("training")

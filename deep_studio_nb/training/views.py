@@ -9,10 +9,14 @@ __all__ = ['LineView', 'TerminalView', 'NotebookView', 'in_notebook', 'pick_view
 import math
 import shutil
 import sys
+from base64 import b64encode
+from collections.abc import Sequence
 from html import escape
+from time import perf_counter
 from typing import TextIO
 from fastcore.basics import patch
 from .history import History
+from .live_curves import live_curves
 
 # %% ../../nbs/30_training/35b_views.ipynb #59e7cbe1
 class LineView:
@@ -24,15 +28,19 @@ class LineView:
 
     def _write(self, text:str): print(text, file=self.file or sys.stdout, flush=True)
 
-    def now(self, line:str, history:History):
+    def begin(self):
+        "Get ready for a run."
+
+    def now(self, line:str, history:History, steps:Sequence[tuple]=()):
         "Show where the run is."
 
     def epoch(self, line:str, history:History):
         "Show what an epoch gave."
         self._write(line)
 
-    def done(self, history:History):
-        "Leave what should stay."
+    def done(self, history:History, line:str=""):
+        "Leave what should stay, and say in `line` how it ended."
+        if line: self._write(line)
 
 # %% ../../nbs/30_training/35b_views.ipynb #704bca35
 class TerminalView(LineView):
@@ -40,7 +48,7 @@ class TerminalView(LineView):
     every = 0.1
     _clear = "\r\x1b[K"
 
-    def now(self, line:str, history:History):
+    def now(self, line:str, history:History, steps:Sequence[tuple]=()):
         "Rewrite the moving line."
         width = shutil.get_terminal_size().columns - 1
         file = self.file or sys.stdout
@@ -51,9 +59,10 @@ class TerminalView(LineView):
         "Put the epoch's line where the moving line was."
         self._write(self._clear + line)
 
-    def done(self, history:History):
+    def done(self, history:History, line:str=""):
         "Take the moving line away."
         self.now("", history)
+        if line: self._write(line)
 
 # %% ../../nbs/30_training/35b_views.ipynb #b9677895
 class _Shown:
@@ -62,37 +71,49 @@ class _Shown:
     def _repr_html_(self): return self.html
     def __repr__(self): return self.text
 
-# %% ../../nbs/30_training/35b_views.ipynb #1bcdae1c
+# %% ../../nbs/30_training/35b_views.ipynb #7a9d74f3
 class NotebookView:
-    "Update one output cell: the last epochs as a table, and where the run is."
-    every = 0.25
-    live,kept = 8,100 # Epochs shown while training, and in the end
-    def __init__(self): self.handle = None
+    "Update one output cell: the last epochs as a table, the curves, and where the run is."
+    every = 0.25        # Seconds between two showings
+    live,kept = 8,100   # Epochs shown while training, and in the end
+    def __init__(self): self.handle,self._steps,self._next = None,(),0.
 
-    def now(self, line:str, history:History):
-        "Show where the run is, below the last epochs."
-        self._show(line, history, self.live)
+    def begin(self):
+        "Show the next run in an output of its own."
+        self.handle,self._steps,self._next = None,(),0.
+
+    def now(self, line:str, history:History, steps:Sequence[tuple]=()):
+        "Show where the run is, below the last epochs and the curves."
+        self._steps = steps
+        self._show(line, history, self.live, live_curves(history, steps))
 
     def epoch(self, line:str, history:History):
         "Show the table with the new epoch."
-        self._show("", history, self.live)
+        if perf_counter()>=self._next: self._show("", history, self.live, live_curves(history, self._steps))
 
-    def done(self, history:History):
-        "Leave the table."
-        self._show("", history, self.kept)
-        self.handle = None
+    def done(self, history:History, line:str=""):
+        "Leave the table and the curves as a picture."
+        self._show(line, history, self.kept, _kept_curves(history))
 
-# %% ../../nbs/30_training/35b_views.ipynb #948fdb42
+# %% ../../nbs/30_training/35b_views.ipynb #d9fd0783
 @patch
-def _show(self:NotebookView, line:str, history:History, last:int):
-    "Show the last rows of `history`, and `line` below."
+def _show(self:NotebookView, line:str, history:History, last:int, curves:str):
+    "Show the last rows of `history`, the curves, and `line` below."
     from IPython.display import display
+    rows = History(history.rows[-last:], history.monitor)
     hidden = len(history)-last
-    note = f"<small>... {hidden} earlier epochs</small>" if hidden>0 else ""
-    table = note + history.to_html(last) if len(history) else ""
-    shown = _Shown(f"{table}<pre style='margin:0'>{escape(line)}</pre>" if line else table, f"{history!r}\n{line}".strip())
+    table = (f"<small>... {hidden} earlier epochs</small>" if hidden>0 else "") + history.to_html(last) if len(history) else ""
+    below = f"<pre style='margin:0'>{escape(line)}</pre>" if line else ""
+    shown = _Shown(table + curves + below, f"{rows!r}\n{line}".strip())
     if self.handle: self.handle.update(shown)
     else: self.handle = display(shown, display_id=True)
+    self._next = perf_counter() + self.every
+
+# %% ../../nbs/30_training/35b_views.ipynb #1b17a751
+def _kept_curves(history:History)->str:
+    "Draw the figure that stays, as HTML."
+    if len(history)<2 or not history._drawable(()): return ""
+    return f"<div><img alt='curves of the training' src='data:image/png;base64,{b64encode(history.plot()._repr_png_()).decode()}'></div>"
 
 # %% ../../nbs/30_training/35b_views.ipynb #ea7134ac
 def in_notebook()->bool: # True under Jupyter, VS Code, Colab and other kernels
