@@ -31,7 +31,7 @@ class Turns:
         try: yield
         finally:
             with self._changed:
-                self.over = True
+                self.over,self.paused = True,False
                 if _at_work.get(thing) is self: del _at_work[thing]
                 self._changed.notify_all()
 
@@ -76,7 +76,7 @@ def held(self:Turns)->Iterator[None]:
 def pause(self:Turns):
     "Have the worker rest until `resume`, and return when it does."
     with self._changed:
-        self.paused = True
+        self.paused = not self.over
         self._changed.notify_all()
         self._wait()
 

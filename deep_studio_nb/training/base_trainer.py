@@ -17,6 +17,7 @@ from torch import nn
 from ..common.devices import pick_device
 from ..common.logs import get_logger
 from ..common.randomness import rng_state, seed_all, set_rng_state
+from .background import Running, in_background, refuse_second
 from .batches import begin_order, length_of, rest_of
 from .events import Callback, handlers, order_callbacks
 from .history import History
@@ -132,9 +133,13 @@ def _prepare(self:BaseTrainer):
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #635ec74f
 @patch
-def train(self:BaseTrainer)->History: # One row for each finished epoch
+def train(self:BaseTrainer,
+    background:bool=False # Train in a thread of its own, and return at once
+)->History|Running: # One row for each finished epoch; or the training at work in the background
     "Run the epochs that are left. Ctrl-C or Stop ends it after the step at work, with everything saved; calling it again goes on exactly."
+    refuse_second(self.apart)
     self._prepare()
+    if background: return in_background(self, self.train)
     with self._running():
         while self.left and not self._halted(): self._run_epoch()
         self._finish()
@@ -169,7 +174,8 @@ def _wire(self:BaseTrainer):
 
 @patch
 def _halted(self:BaseTrainer)->bool:
-    "Say whether to stop here; asked after each batch."
+    "Say whether to stop here; asked after each batch. In the background this is where others have it rest."
+    if self.apart is not None and self.model.training: self.apart.rest()
     return self._stop
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #4056375e

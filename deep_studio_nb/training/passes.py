@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..common.devices import to_device
 from ..common.errors import ConfigError, did_you_mean, listed
+from ..common.turns import at_rest
 from ..common.types import Batch, Loss, Metrics, split_batch
 
 # %% ../../nbs/30_training/33a_passes.ipynb #2daec082
@@ -101,12 +102,13 @@ def as_channels_last(
 def evaluating(
     model:nn.Module # Changed for the time of the block
 )->Iterator[nn.Module]: # The model in evaluation mode
-    "Put `model` into evaluation mode, and each of its modules back as it was."
-    trained = [o for o in model.modules() if o.training]
-    model.eval()
-    try: yield model
-    finally:
-        for o in trained: o.training = True
+    "Put `model` into evaluation mode, and each of its modules back as it was; a training of it in the background rests meanwhile."
+    with at_rest(model):
+        trained = [o for o in model.modules() if o.training]
+        model.eval()
+        try: yield model
+        finally:
+            for o in trained: o.training = True
 
 # %% ../../nbs/30_training/33a_passes.ipynb #72a9b0bd
 def evaluated(

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..common.logs import get_logger
 from ..common.randomness import rng_state
+from .background import refuse_second
 from .checkpoints import find_checkpoint, load_checkpoint, weights_of
 from .run_state import restore_run, run_state
 from .saving import Saver
@@ -53,6 +54,7 @@ def swapped(
 class Resumable:
     "Keep the state of a run, in files and aside; a trainer derives from it."
     accumulate = 1      # batches that make one step of the optimizer
+    apart = None        # the `Running` of the latest training in the background
     def _begin_keeping(self, on_save_error:str, restore_best:bool):
         self.saver,self.restore_best = Saver(on_save_error),bool(restore_best)
         self.updates,self.micro,self.scaler,self.chosen = 0,1,None,None     # steps of the optimizer, parts of a batch, for fp16, switches that were measured
@@ -75,6 +77,7 @@ def load(self:Resumable,
     source:str|Path|Mapping # A checkpoint, a folder with `last.pt`, or the state itself
 )->Resumable: # The trainer itself
     "Put back the state of a run, so that `train` goes on from there."
+    refuse_second(self.apart)
     state = source
     if not isinstance(source, Mapping):
         path = find_checkpoint(source)
