@@ -83,7 +83,7 @@ def add(self:Meter,
     if n is None: n = _items(target, preds)
     if not n: return
     if isinstance(losses, Loss):
-        if len(losses)>1: _add_all(self.parts, losses, n)
+        if len(losses)>1: _add_all(self.parts, {f'{k}_loss' if k in self.metrics else k:v for k,v in losses.items()}, n)
         losses = losses.total
     if losses is not None: self.loss.add(losses.detach(), n)
     if values: _add_all(self.values, values, n)
@@ -113,7 +113,7 @@ def compute(self:Meter)->Metrics: # Name -> float: the loss first
     for group in (self.parts, self.metrics, self.values):
         for k,o in group.items():
             for name,v in _numbers(k, o.value()).items():
-                if name in res: raise ConfigError(f"Both a loss and a metric are called `{name}`. Give one of them another name.")
+                if name in res: raise ConfigError(f"Two values are called `{name}`, of the losses, the metrics and the model's own. Give one of them another name.")
                 res[name] = v
     return res
 

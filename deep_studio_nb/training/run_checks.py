@@ -15,7 +15,7 @@ from ..common.logs import get_logger
 from ..common.types import Batch, split_batch
 from .batches import check_batches
 from .checkpoints import own_folder
-from .losses import check_loss
+from .loss_checks import check_loss
 from .monitor import check_monitor
 from .passes import evaluating
 
