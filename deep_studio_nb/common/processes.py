@@ -147,13 +147,15 @@ def _told(failures:dict, nproc:int)->str:
 
 # %% ../../nbs/00_common/08a_processes.ipynb #5f8d3275
 def gathered(
-    obj:Any # Anything that pickle takes
-)->list: # One of each process, in their order; the same list everywhere
+    obj:Any, # Anything that pickle takes
+    main:bool=False # Only the first process needs it
+)->list: # One of each process, in their order; with `main` an empty list in all others than the first one
     "Exchange `obj`: every process gets that of every other."
     if not started(): return [obj]
     res = [None]*world()
-    _group().all_gather_object(res, obj, group=_control())
-    return res
+    if not main: _group().all_gather_object(res, obj, group=_control())
+    else: _group().gather_object(obj, res if is_main() else None, dst=0, group=_control())
+    return res if is_main() or not main else []
 
 def agreed(
     obj:Any # Anything that pickle takes
