@@ -120,7 +120,7 @@ def test_a_loader_without_length(tmp_path):
     assert_same(second, whole)
 
 def test_nan_is_reported_once_and_never_best(tmp_path, caplog):
-    t = trainer(folder=tmp_path, optimizer={'type': 'SGD', 'args': {'lr': math.inf}}, scheduler=None, epochs=3)
+    t = trainer(folder=tmp_path, optimizer={'type': 'SGD', 'args': {'lr': math.inf}}, scheduler=None, epochs=3, on_nan='warn')
     with caplog.at_level('WARNING', logger='deep_studio_nb'):
         import logging
         logging.getLogger('deep_studio_nb').addHandler(caplog.handler)
