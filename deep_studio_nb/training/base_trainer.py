@@ -125,11 +125,12 @@ def check(self:BaseTrainer):
 
 @patch
 def _prepare(self:BaseTrainer):
-    "Check, and take the folder."
+    "Check, take the folder, and make up for what the last call left undone."
     self.check()
     if self.left: self._take_back()
-    if self.folder is None or self._claimed: return
-    self.folder,self._claimed = take_folder(self.folder, self._source),True
+    if self.folder is not None and not self._claimed: self.folder,self._claimed = take_folder(self.folder, self._source),True
+    self._mend()
+    self._settle()
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #635ec74f
 @patch
@@ -150,8 +151,9 @@ BaseTrainer.fit = BaseTrainer.train
 
 @patch
 def _finish(self:BaseTrainer):
-    "Note whether the run was stopped; give the model its best weights if not."
+    "Note whether the run was stopped; write what is owed; give the model its best weights if it came to its end."
     self.stopped = self._stop and self.left>0
+    self._settle()
     if not self.stopped: self._end_with_best()
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #978556c5
@@ -210,7 +212,10 @@ def _run_epoch(self:BaseTrainer):
     seed_all(self.seed, "epoch", epoch)
     self._order = begin_order(self.train_loader, epoch, self._order if self.step else None)
     self._call("before_epoch")
-    values = self._train_epoch(epoch)
+    try: values = self._train_epoch(epoch)
+    except BaseException:
+        self._torn = self._rng is None and self.step!=self.batches     # after the last step nothing is half done, and a place that was kept is whole
+        raise
     self._seconds += perf_counter()-began
     if values is None and self._stop: return self._pause()
     self._end_epoch(plain_values(values, type(self).__name__))
@@ -219,9 +224,9 @@ def _run_epoch(self:BaseTrainer):
 @patch
 def _batches(self:BaseTrainer)->Iterator:
     "Give the batches of the epoch that are still to come."
-    batches = rest_of(self.train_loader, self.step)
+    batches = rest_of(self.train_loader, self.step, self._skipped)
     if self._rng is not None: set_rng_state(self._rng)
-    self._rng = None
+    self._rng,self._skipped = None,0
     yield from batches
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #f587bb97
@@ -231,7 +236,7 @@ def _end_epoch(self:BaseTrainer, values:dict[str,float]):
     row = {"epoch": self.epoch, **values, "lr": float(self.optimizer.param_groups[0]["lr"]), "seconds": round(self._seconds, 3)}
     check_given(self.monitor, row, values)
     self.history.rows.append(row)
-    self.improved = row is self.history.best()
+    self.improved,self._unsaved = row is self.history.best(),True
     self.step,self._seconds,self._order = 0,0.,None
     self.scheduler.after_epoch(row[self.monitor.name] if self.monitor else None)
     self._call("after_epoch")

@@ -50,11 +50,12 @@ def begin_order(
 # %% ../../nbs/30_training/37b_batches.ipynb #a66805ff
 def rest_of(
     loader:Iterable, # Anything that gives batches
-    step:int # Batches of the epoch that are done
+    step:int, # Batches of the epoch that are done
+    skipped:int=0 # Further ones that never came, because nothing in them could be read
 )->Iterator: # The batches from there on
     "Begin an epoch of `loader` behind its first `step` batches."
     by_index = step and hasattr(loader, "start_at")
-    if by_index: loader.start_at(step)
+    if by_index: loader.start_at(step, *[skipped]*bool(skipped))
     batches = iter(loader)
     for _ in range(0 if by_index else step): next(batches, None)
     return batches

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from ..common.errors import RunError
 from ..common.logs import get_logger
 from ..common.randomness import rng_state
 from .background import refuse_second
@@ -59,7 +60,8 @@ class Resumable:
         self.saver,self.restore_best = Saver(on_save_error),bool(restore_best)
         self.updates,self.micro,self.scaler,self.chosen = 0,1,None,None     # steps of the optimizer, parts of a batch, for fp16, switches that were measured
         self.best_weights,self._last = None,None                            # of the best epoch where there is no folder; of the last epoch while the model has the best
-        self._seconds,self._rng,self._order,self._source,self._claimed,self._asked = 0.,None,None,None,False,set()
+        self._seconds,self._rng,self._skipped,self._order,self._source,self._claimed,self._asked = 0.,None,0,None,None,False,set()
+        self._unsaved = self._torn = False                                  # an epoch that ended but is not saved; a step that ended in an error
 
 # %% ../../nbs/30_training/37k_resumable.ipynb #2580019b
 @patch
@@ -105,7 +107,7 @@ def _grads_state(self:Resumable)->dict|None:
 def _load_grads_state(self:Resumable, state:dict|None):
     "Take back what `_grads_state` returned."
 
-# %% ../../nbs/30_training/37k_resumable.ipynb #bdc7e47d
+# %% ../../nbs/30_training/37k_resumable.ipynb #3129ce3b
 @patch
 def ask_save(self:Resumable,
     name:str # File name within `folder`, such as "step_500.pt"
@@ -117,21 +119,50 @@ def ask_save(self:Resumable,
 def _save_asked(self:Resumable, first:Iterable[str]=(), last:Iterable[str]=()):
     "Save the state under the names that were asked for, and those in `first` and `last`."
     names,self._asked = [*first, *sorted(self._asked), *last],set()
-    if names and self.folder is not None: self.saver.save(self.folder, names, self.state_dict())
+    if not names or self.folder is None: return
+    try: self.saver.save(self.folder, names, self.state_dict())
+    except RunError:
+        if self._rng is None: self._hold()
+        raise
 
 @patch
 def _save_epoch(self:Resumable):
     "Save after an epoch: the best if it is, each `save_period`-th, those asked for, and always the last."
+    self._unsaved = False
     periodic = self.save_period and self.epoch%self.save_period==0
     self._save_asked(["best_model.pt"]*self.improved + [f"epoch_{self.epoch}.pt"]*bool(periodic), ["last.pt"])
 
-# %% ../../nbs/30_training/37k_resumable.ipynb #27d2ef80
+# %% ../../nbs/30_training/37k_resumable.ipynb #3e38ba20
+@patch
+def _hold(self:Resumable):
+    "Keep the place within an epoch."
+    self._rng,self._skipped = (rng_state(), getattr(self.train_loader, "skipped", 0)) if self.step else (None, 0)
+
 @patch
 def _pause(self:Resumable):
     "Keep the place within an epoch, and save it."
-    self._rng = rng_state() if self.step else None
+    self._hold()
     self.ask_save("last.pt")
     self._save_asked()
+
+# %% ../../nbs/30_training/37k_resumable.ipynb #d76bc9b9
+@patch
+def _settle(self:Resumable):
+    "Write what is owed: an epoch whose saving was prevented, a state that could not be written."
+    if self._unsaved:
+        self._keep_best()
+        self._save_epoch()
+    if self.folder is not None: self.saver.settle(self.folder, self.state_dict)
+
+# %% ../../nbs/30_training/37k_resumable.ipynb #d2966004
+@patch
+def _mend(self:Resumable):
+    "Drop half a step."
+    if not self._torn: return
+    self._torn = False
+    self._load_grads_state(None)
+    back = f' To go on exactly, load the last checkpoint first: `trainer.load("{self.folder}")`.' if self.folder is not None else ""
+    get_logger("training").warning("The last call of `train` ended with an error within step %d of epoch %d. It goes on from there, but not exactly as if that had not been.%s", self.step+1, self.epoch, back)
 
 # %% ../../nbs/30_training/37k_resumable.ipynb #5faa7d25
 @patch
