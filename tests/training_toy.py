@@ -26,7 +26,7 @@ def model():
         return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
 
 def loaders(kind='plain'):
-    "Loaders of `STEPS` batches: torch's own, torch's with a generator, torch's with workers, the toolkit's, the toolkit's sample by sample, and one with workers."
+    "Loaders of `STEPS` batches: torch's own, torch's with a generator, torch's with workers, the toolkit's, the toolkit's sample by sample, with worker processes, with threads."
     x, y = data()
     train, valid = TensorDataset(x[:66], y[:66]), TensorDataset(x[66:], y[66:])
     if kind.startswith('plain'):
@@ -35,7 +35,8 @@ def loaders(kind='plain'):
     from deep_studio_nb.data.loaders import BaseDataLoader
     from deep_studio_nb.data.tensors import Tensors
     ours = Tensors(x[:66], y[:66]) if kind=='ours' else train
-    return BaseDataLoader(ours, 12, num_workers=2*(kind=='ours workers'), seed=4), DataLoader(valid, 12)
+    more = {'ours workers': dict(num_workers=2, start='fork'), 'ours threads': dict(num_workers=2, start='threads')}.get(kind, dict(num_workers=0))
+    return BaseDataLoader(ours, 12, **more, seed=4), DataLoader(valid, 12)
 
 def trainer(kind='plain', **kwargs):
     settings = dict(loss='cross_entropy', metrics=['accuracy'], optimizer={'type': 'AdamW', 'args': {'lr': 0.02}}, scheduler={'type': 'OneCycleLR', 'args': {'max_lr': 0.05}},
