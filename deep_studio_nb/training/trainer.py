@@ -27,12 +27,14 @@ from .nan_guard import NanGuard, ids_of_batch, nan_error
 from .passes import PRECISIONS, as_channels_last, casting, evaluated, forward_train, in_full, size_of, target_of
 from .run_checks import above_zero, batch_error, check_first_batch, one_of, whole_number
 from .run_state import run_state
+from .speed import choose_switches
 from .steps import add_grads, clip_gradients, grads_of, group_factor, is_out_of_memory, joined, make_scaler, parts_of, scale_gradients, share, taken_grads
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #0e263d8b
 @TRAINERS.register
 class Trainer(BaseTrainer):
     "Train a model on the batches of a loader, and validate it after each epoch."
+    compile = False
     def __init__(self,
         model:nn.Module, # Moved to the device
         train_loader:Iterable, # Batches; inputs first, targets last
@@ -43,11 +45,14 @@ class Trainer(BaseTrainer):
         clip_norm:float|None=None, # Longest gradient, over all parameters together
         clip_value:float|None=None, # Largest entry of a gradient
         channels_last:bool=False, # Keep pictures as height, width, channels in memory
+        threads:int|None=None, # Threads on the CPU while it trains; None leaves them as they are
+        speed:str|None=None, # "auto" measures which of precision, channels_last, threads and compile make this model faster, and uses those
         on_nan:str="stop", # What a loss or gradient that is not finite does: "stop" before the weights change, or "warn" at the epoch's end
         **kwargs # As for `BaseTrainer`
     ):
         self.precision,self.accumulate = one_of("precision", precision, PRECISIONS),whole_number("accumulate", accumulate, 1)
         self.clip_norm,self.clip_value,self.channels_last = above_zero("clip_norm", clip_norm),above_zero("clip_value", clip_value),bool(channels_last)
+        self.threads,self.speed = None if threads is None else whole_number("threads", threads, 1),None if speed is None else one_of("speed", speed, ("auto",))
         self.on_nan = one_of("on_nan", on_nan, ("stop", "warn"))
         super().__init__(model, train_loader, valid_loader, **kwargs)
 
@@ -64,6 +69,7 @@ class Trainer(BaseTrainer):
 @patch
 def _wire(self:Trainer):
     "Get ready what the steps work with."
+    if self.speed: choose_switches(self)
     if self.channels_last: self.model.to(memory_format=torch.channels_last)
     self.net = partial(forward_train, self.model, loss_fn=self.loss_fn)     # batch -> predictions, losses, values
     self._cast = casting(self.device, self.precision)
