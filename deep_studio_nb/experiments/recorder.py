@@ -29,10 +29,11 @@ class Recorder(Callback):
     def after_epoch(self, trainer):
         "Write the table and the manifest; draw the curve if the last drawing is old."
         row = trainer.history.rows[-1]
-        trainer.history.save_csv(self.folder.file('metrics.csv'))
-        self.folder.update(epochs=row['epoch'], steps=trainer.steps, **_best(trainer.history))
         self.trackers.log(trainer.steps or row['epoch'], {k: v for k,v in row.items() if k!='epoch'}) # a trainer that counts no steps counts epochs
-        if self.drawn is None or monotonic()-self.drawn>self.pause: self.draw(trainer.history)
+        with trainer.saver.guarding():
+            trainer.history.save_csv(self.folder.file('metrics.csv'))
+            self.folder.update(epochs=row['epoch'], steps=trainer.steps, **_best(trainer.history))
+            if self.drawn is None or monotonic()-self.drawn>self.pause: self.draw(trainer.history)
 
     def draw(self, history):
         "Draw the loss curve into `figures/`."

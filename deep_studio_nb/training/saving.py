@@ -6,7 +6,8 @@
 __all__ = ['ON_SAVE_ERROR', 'Saver']
 
 # %% ../../nbs/30_training/37h_saving.ipynb #f1ab297a
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from torch import Tensor
@@ -84,3 +85,14 @@ def settle(self:Saver,
     "Write what could not be written before."
     if not self.late and self.aside is None: return True
     return self.save(folder, [_LAST], state())
+
+# %% ../../nbs/30_training/37h_saving.ipynb #4c43e4fd
+@patch
+@contextmanager
+def guarding(self:Saver)->Iterator[None]:
+    "Let a file that cannot be written within the block end the run or not, as for a checkpoint."
+    try: yield
+    except (RunError, OSError) as e:
+        causes = (e, e.__cause__, e.__context__)
+        if self.on_error=="stop" or not any(isinstance(o, OSError) for o in causes): raise
+        get_logger("training").error("%s The run goes on without it (`on_save_error: continue`).", e)
