@@ -41,6 +41,11 @@ def split_test(self:BaseDataLoader)->BaseDataLoader|None: # None when the data h
     "Give the loader of the test samples: not shuffled, with the transforms of `test`, or else those of `valid`."
     return self._sibling(self.division.test, 'test')
 
+@patch
+def as_valid(self:BaseDataLoader)->BaseDataLoader:
+    "Give the samples of this loader as validation would see them: not shuffled, with the transforms of `valid`."
+    return self._sibling(self.dataset, 'valid')
+
 # %% ../../nbs/10_data/19_loaders.ipynb #47dbbf93
 @patch(as_prop=True)
 def classes(self:BaseDataLoader)->Sequence[str]|None:
