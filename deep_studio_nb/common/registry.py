@@ -62,12 +62,26 @@ def register(self:Registry,
 def _add(self:Registry, name:str, part:object)->object:
     "Keep `part` under `name`, unless the name stands for something else."
     if not callable(part): raise ConfigError(f"`{name}` is {part!r}, which cannot be called. Register a class or a function.")
-    old,home,unnamed = self._parts.get(name), _caller(), not hasattr(part, '__qualname__')
+    old,home,unnamed = self._registered(name), _caller(), not hasattr(part, '__qualname__')
     if old is not None and not same_part(old, part) and not (unnamed and self._homes[name]==home):
         raise NameTaken(f"`{name}` is already a {self.kind}, from {place_of(old)}; another comes from {home if unnamed else place_of(part)}. "
                         f"Give one of them a name of its own: @{self.variable}.register(\"...\").")
     self._parts[name],self._homes[name] = part,home
     return part
+
+@patch
+def _registered(self:Registry, name:str)->object|None:
+    "Give the part that was registered as `name`, if any; one of a library is imported now."
+    part = self._parts.get(name)
+    if isinstance(part, _Later): part = self._parts[name] = part.load()
+    return part
+
+class _Later:
+    "A part of a library that nobody has asked for yet."
+    def __init__(self, place:str): self.place,self.__doc__ = place,f"`{place}`"
+    def load(self)->object:
+        module,_,name = self.place.rpartition('.')
+        return getattr(import_module(module), name)
 
 def _caller()->str:
     "Name the module from which this one was called."
@@ -88,7 +102,7 @@ def temporary(self:Registry)->Iterator[Registry]: # The registry itself
 @patch
 def _lookup(self:Registry, name:str)->object|None:
     "Find the part called `name`, or nothing."
-    if name in self._parts: return self._parts[name]
+    if name in self._parts: return self._registered(name)
     if not isinstance(name, str) or name.startswith('_'): return None
     found = (getattr(import_module(o), name, None) for o in self.libraries)
     return next((o for o in found if callable(o) and self.accepts(o)), None)
@@ -116,6 +130,18 @@ def get(self:Registry,
     todo += f" it with @{self.variable}.register and name its module under `imports:`."
     raise UnknownName(f"No {self.kind} is called `{name}`{did_you_mean(name, self.known(), 3) or '.'} {have} {todo}")
 
+# %% ../../nbs/00_common/02b_registry.ipynb #9834c8a9
+@patch
+def later(self:Registry,
+    name:str, # The name to give it
+    place:str # Dotted name of a class or function of a library
+)->None:
+    "Give a part of a library a name, without importing it."
+    old = self._parts.get(name)
+    if isinstance(old, _Later) and old.place==place or old is not None and old is _Later(place).load(): return
+    if old is not None: raise NameTaken(f"`{name}` is already a {self.kind}, from {place_of(self._registered(name))}; another would come from `{place}`.")
+    self._parts[name],self._homes[name] = _Later(place),_caller()
+
 # %% ../../nbs/00_common/02b_registry.ipynb #4ef3ee9f
 @patch
 def __repr__(self:Registry)->str: return f"{self.variable}: {listed(self.names(), 30)}"
@@ -124,7 +150,7 @@ def __repr__(self:Registry)->str: return f"{self.variable}: {listed(self.names()
 def _repr_markdown_(self:Registry)->str:
     "Make a table of the registered parts."
     def row(name, o):
-        sig,doc = signature_of(o), inspect.cleandoc(o.__doc__ or '').partition('\n')[0].replace('|', '\\|')
+        sig,doc = None if isinstance(o, _Later) else signature_of(o), inspect.cleandoc(o.__doc__ or '').partition('\n')[0].replace('|', '\\|')
         return f"| `{name}` | {' '.join(f'`{k}`' for k in sig.parameters) if sig else ''} | {doc} |"
     libraries = f"\n\nand what is in {listed(self.libraries)}" if self.libraries else ''
     return '\n'.join([f"| {self.kind} | takes | what it does |", '|---|---|---|', *(row(k, self._parts[k]) for k in self)]) + libraries
@@ -207,7 +233,7 @@ LOADERS = Registry('loader')
 TRANSFORMS = Registry('transform', ['torchvision.transforms.v2'], keeps_functions=True, accepts=_is_module)
 MODELS = Registry('model', ['torchvision.models'], accepts=_is_model)
 LOSSES = Registry('loss', ['torch.nn.functional', 'torch.nn'], keeps_functions=True, accepts=_is_loss)
-METRICS = Registry('metric', ['torchmetrics'], keeps_functions=True, accepts=_derives('torchmetrics.metric.Metric'))
+METRICS = Registry('metric', ['torchmetrics.image', 'torchmetrics.segmentation', 'torchmetrics.text', 'torchmetrics'], keeps_functions=True, accepts=_derives('torchmetrics.metric.Metric'))
 OPTIMIZERS = Registry('optimizer', ['torch.optim'], accepts=_derives('torch.optim.optimizer.Optimizer'))
 SCHEDULERS = Registry('scheduler', ['torch.optim.lr_scheduler'], accepts=_derives('torch.optim.lr_scheduler.LRScheduler'))
 CALLBACKS = Registry('callback')
