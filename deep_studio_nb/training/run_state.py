@@ -24,7 +24,7 @@ def _place(trainer:Any)->dict:
 def _parts(trainer:Any)->dict:
     "Take the states of model, optimizer, schedule, scaler and callbacks."
     return {"model": trainer.raw_weights(), "averaged": trainer.averaged(), "best_weights": trainer.best_weights, "optimizer": pack_part(trainer.optimizer),
-            "scheduler": pack_part(trainer.scheduler.scheduler), "scaler": pack_part(trainer.scaler),
+            "scheduler": trainer.scheduler.state_dict(), "scaler": pack_part(trainer.scaler),
             "callbacks": {o.name: pack_part(o) for o in trainer.callbacks if o.state_dict()}}
 
 def _ways(trainer:Any)->dict:
@@ -59,11 +59,8 @@ def _check_place(trainer:Any, state:Mapping):
 # %% ../../nbs/30_training/37d_run_state.ipynb #4219d081
 def _check_schedule(trainer:Any):
     "Refuse a schedule that was made for a shorter run than this one."
-    schedule,planned = trainer.scheduler.scheduler,trainer.epochs*(trainer.updates_per_epoch or 0)
-    total = getattr(schedule, "total_steps", None)
-    if total is None or total>=planned: return
-    raise CheckpointError(f"The `{type(schedule).__name__}` of the checkpoint ends after {total} steps, but this run has {planned}. "
-                          f"A schedule of fixed length cannot be made longer: keep `epochs`, or start a new run from the weights.")
+    why = trainer.scheduler.too_short(trainer.epochs, trainer.updates_per_epoch or 0)
+    if why: raise CheckpointError(f"{why} A schedule of fixed length cannot be made longer: keep `epochs`, or start a new run from the weights.")
 
 # %% ../../nbs/30_training/37d_run_state.ipynb #63b5cc6e
 def _load_callbacks(trainer:Any, states:dict):
@@ -95,7 +92,7 @@ def restore_run(
     _check_place(trainer, state)
     load_model_state(trainer.model, state["model"])
     load_part("optimizer", trainer.optimizer, state["optimizer"])
-    load_part("scheduler", trainer.scheduler.scheduler, state["scheduler"])
+    trainer.scheduler.load_state_dict(state["scheduler"])
     load_part("scaler", trainer.scaler, state["scaler"])
     _check_schedule(trainer)
     _load_callbacks(trainer, state["callbacks"])
