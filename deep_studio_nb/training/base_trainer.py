@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..common.devices import pick_device
+from ..common.devices import pick_device, using_threads
 from ..common.logs import get_logger
 from ..common.randomness import rng_state, seed_all, set_rng_state
 from .background import Running, in_background, refuse_second
@@ -25,6 +25,7 @@ from .losses import build_loss
 from .metrics import build_metrics
 from .monitor import Monitor, check_given, pick_monitor
 from .optimizers import build_optimizer
+from .profiling import Profile
 from .progress import Progress, add_callback, all_callbacks
 from .resumable import Resumable
 from .run_checks import check_run, plain_values, take_folder, whole_number
@@ -37,6 +38,7 @@ _log = get_logger("training")
 
 class BaseTrainer(Resumable):
     "Run epochs and look after them: derive from it and write `_train_epoch(epoch)`, which returns the epoch's values by name."
+    threads = None      # on the CPU, while it trains; None leaves them as they are
     def __init__(self,
         model:nn.Module, # Moved to `device`
         train_loader:Iterable, # Batches; inputs first, targets last
@@ -58,7 +60,8 @@ class BaseTrainer(Resumable):
         callbacks:Iterable[Callback|str|dict]=(), # Objects, names or specs
         progress:bool|Progress=True, # Show progress
         meta:dict|None=None, # Plain data to keep in every checkpoint
-        log_step:int|None=None # Log the loss every n steps
+        log_step:int|None=None, # Log the loss every n steps
+        profile:bool=False # Watch some steps, and say where their time goes
     ):
         self.epochs,self.early_stop,self.save_period = whole_number("epochs", epochs, 1),whole_number("early_stop", early_stop, 0),whole_number("save_period", save_period, 0)
         self.device,self.seed,self.folder,self.meta = pick_device(device),seed,folder,meta or {}
@@ -68,6 +71,7 @@ class BaseTrainer(Resumable):
         self.optimizer = build_optimizer(optimizer or "AdamW", self.model)
         self.scheduler = build_scheduler(scheduler, self.optimizer, self.epochs, self.updates_per_epoch or 0, self.monitor.mode if self.monitor else "min")
         self.callbacks = all_callbacks(callbacks, progress, log_step)
+        if profile and not any(isinstance(o, Profile) for o in self.callbacks): self.add(Profile())
         self._begin_keeping(on_save_error, restore_best)
         self._begin()
 
@@ -193,7 +197,7 @@ def _running(self:BaseTrainer)->Iterator[None]:
             self._call("before_fit")
             try:
                 self._wire()
-                yield
+                with using_threads(self.threads): yield
             finally: self._call("after_fit")
     finally: set_rng_state(kept)
 
