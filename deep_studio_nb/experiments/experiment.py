@@ -6,7 +6,7 @@
 __all__ = ['Experiment']
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #389c7f24
-import json, shlex, sys
+import json, sys
 from functools import cached_property
 from pathlib import Path
 import torch
@@ -20,6 +20,7 @@ from ..common.pictures import save_picture
 from ..common.registry import TRACKERS
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.results import show_confusion, show_results
+from .going_on import is_busy, newest_checkpoint, open_line, open_run, runs_of, train_longer, what_changed
 from .build import build_data, build_model, build_trainer, learn_names
 from .provenance import git_state, part_records, versions
 from .recorder import Recorder, records_kept, repeat
@@ -28,8 +29,9 @@ from .run_folder import RunFolder, find_run, now, this_process
 from .summary import near_path, run_summary
 from .trackers import Trackers
 from ..training.base_trainer import BaseTrainer
-from ..training.checkpoints import load_checkpoint, load_model_state
+from ..training.checkpoints import load_checkpoint, weights_of
 from ..training.history import History
+from ..training.resumable import swapped
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #95cffeab
 class Experiment:
@@ -44,7 +46,7 @@ class Experiment:
         extra = [f'{k}={json.dumps(v, ensure_ascii=False)}' for k,v in dict(name=name, device=device).items() if v is not None]
         self.cfg = Config.read(config, *overrides, *extra)
         self.cfg.check()
-        self.folder,self.source,self.recorder,self._seen = None,None,None,None
+        self.folder,self.source,self.recorder,self._seen,self._told = None,None,None,None,[]
 
     @cached_property
     def device(self) -> torch.device:
@@ -95,11 +97,22 @@ def _begin(self:Experiment):
     "Make the run folder, with its config, and connect the trainer to it."
     for o in self.cfg.notes: get_logger('config').info('%s', o)
     self.trainer.check()
-    if self.folder is None:
-        self.folder = RunFolder.create(self.cfg['trainer']['save_dir'], self.cfg['name'], **self._manifest())
-        self.cfg.save(self.folder.file('config.yaml'))
-        self.data.save_split(self.folder)
+    if self.folder is None: self._make_folder()
+    for o in self._told: get_logger('run').warning('%s', o)
+    self._told = []
     if self.recorder is None: self._connect()
+
+@patch
+def _make_folder(self:Experiment):
+    "Make a run folder, with all that is known at the start."
+    if not self._told and self.source is None and (run := open_run(self.cfg)): self._told = [open_line(run)]
+    self.folder = RunFolder.create(self.cfg['trainer']['save_dir'], self.cfg['name'], **self._manifest())
+
+@patch
+def _save_plan(self:Experiment):
+    "Keep the config as it is now, and which samples belonged to which split when the run began."
+    self.cfg.save(self.folder.file('config.yaml'))
+    if not (self.folder.path/'split.json').exists(): self.data.save_split(self.folder)
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #d37d0b6f
 @patch
@@ -117,11 +130,11 @@ def _tracker_specs(self:Experiment):
     named = any(o in ('tensorboard',{'type': 'tensorboard'}) for o in specs)
     return [*specs, 'tensorboard'] if self.cfg['trainer'].get('tensorboard') and not named else specs
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #bac25e68
+# %% ../../nbs/50_experiments/54_experiment.ipynb #1dd91735
 @patch
 def fit(self:Experiment) -> History: # One row an epoch
     "Train into a run folder, and score the best weights; after a stop, go on where it stopped."
-    if self.folder and not self.trainer.left: raise RunError(_enough(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
+    if self.folder and not self.trainer.left and self.folder.status()=='finished': raise RunError(train_longer(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
     level = self.cfg['trainer'].get('verbosity', 1)
     with using_threads(self.cfg.get('trainer.threads')):
         with logging_to(None, level), records_kept() as said: self._begin()
@@ -131,23 +144,16 @@ def fit(self:Experiment) -> History: # One row an epoch
             self._guarded()
     return self.trainer.history
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #5bc6eb86
-def _enough(what, epochs, state):
-    "Say how to train longer: a schedule of fixed length cannot go on, but a new run can have a longer one."
-    more,quoted = f'trainer.epochs={2*epochs}',shlex.quote(what)
-    done = f'`{what}` has had its {epochs} epoch{"s"*(epochs>1)}'
-    if 'total_steps' in ((state.get('scheduler') or {}).get('state') or {}): return f'{done}, and its schedule of learning rates ended with them. A longer one is a new run:\n  deep-studio train {quoted}/config.yaml {more}'
-    return f'{done}. Ask for more:\n  deep-studio train --resume {quoted} {more}\nor in a cell:\n  Experiment.resume("{what}", "{more}").fit()'
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #293c82b2
+# %% ../../nbs/50_experiments/54_experiment.ipynb #12a415aa
 @patch
 def _guarded(self:Experiment):
     "Train, and let the manifest know how it ended."
     try: status = self._train()
     except BaseException as e:
-        self._end('failed', error=f'{type(e).__name__}: {e}')
+        try: self._end('failed', error=f'{type(e).__name__}: {e}')
+        except (RunError, OSError) as worse: get_logger('run').error('That the run failed could not be written down: %s', worse)
         raise
-    self._end(status)
+    with self.trainer.saver.guarding(): self._end(status)
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #6b5c2ef4
 @patch
@@ -162,15 +168,16 @@ def _end(self:Experiment, status, **more):
 @patch
 def _train(self:Experiment) -> str: # finished or stopped
     "Train the epochs that are left, and score the result unless it was stopped."
-    self.folder.update(status='running', error=None, **this_process())
+    self._save_plan()
+    self.folder.update(status='running', error=None, config=self.cfg.data, **this_process())
     self.recorder.trackers.start(self.folder.path, self.cfg.data)
     get_logger('run').info('%s on %s, %s', self.folder.name, describe_device(self.device), self.data.told())
     if self.shows_pictures: self.data.train.save_samples(self.folder.path/'images')
     self.trainer.train()
-    if self.trainer.history.rows: self.recorder.draw(self.trainer.history)
-    if self.trainer.stopped: return 'stopped'
-    self._score()
-    return 'finished'
+    with self.trainer.saver.guarding():
+        if self.trainer.history.rows: self.recorder.draw(self.trainer.history)
+        if not self.trainer.stopped: self._score()
+    return 'stopped' if self.trainer.stopped else 'finished'
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #ed3ae5c2
 @patch(as_prop=True)
@@ -201,11 +208,11 @@ def evaluate(self:Experiment,
 @patch
 def _score(self:Experiment):
     "Score the best weights, and keep numbers, rows and pictures."
-    best = self.folder.path/'checkpoints'/'best_model.pt'
-    if best.exists(): load_model_state(self.model, load_checkpoint(best, self.device)['model'])
     split = next((o for o in ('test','valid') if o in self.data.there()), None)
     if split is None: return
-    ev = self.evaluate(split)
+    best = self.folder.path/'checkpoints'/'best_model.pt'
+    lent = None if self.trainer.restore_best or not best.exists() else weights_of(load_checkpoint(best, self.device))
+    with swapped(self.model, lent): ev = self.evaluate(split)
     ev.save_csv(self.folder.file('predictions',f'{split}.csv'))
     self._draw(ev)
     self.folder.update(**{split: dict(ev.metrics)})
@@ -233,11 +240,21 @@ def resume(cls:Experiment,
     if run and run.status()=='running': raise RunError(f'`{near_path(run.path)}` is still being trained, by process {run.read()["pid"]} on this machine.')
     state = load_checkpoint(path)
     exp = cls(config or _config_of(path, state), *overrides, name=name, device=device)
-    if state['epoch']>=exp.cfg['trainer']['epochs']: raise RunError(_enough(near_path(run.path if run else path), state['epoch'], state))
-    exp.trainer.load(path)
-    exp.source = path
-    if run and name is None and _is_newest(path): exp.folder,exp._seen = run,run.read()['updated']
+    own = bool(run) and name is None and _is_newest(path)
+    if state['epoch']>=exp.cfg['trainer']['epochs'] and not (own and run.status()!='finished'):
+        raise RunError(train_longer(near_path(run.path if run else path), state['epoch'], state))
+    exp._take_up(path, run if own else None)
     return exp
+
+@patch
+def _take_up(self:Experiment, path, run):
+    "Go on from the checkpoint at `path`, in the folder of `run` if there is one; from the start where nothing was saved."
+    if path: self.trainer.load(path)
+    self.source,self.folder = path,run
+    if run is None: return
+    record = run.read()
+    self._seen = record['updated']
+    self._told += what_changed(record, self.data.record(), part_records(self.cfg.data))
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #ac466a1b
 def _config_of(path, state):
@@ -248,6 +265,28 @@ def _config_of(path, state):
 def _is_newest(path):
     "Say whether no other checkpoint of the run is ahead of this one."
     return path.name=='last.pt' or not (path.parent/'last.pt').exists()
+
+# %% ../../nbs/50_experiments/54_experiment.ipynb #8e71b950
+@patch(cls_method=True)
+def auto(cls:Experiment,
+    config:str|Path|dict|Config, # A config file, or the same as plain data
+    *overrides:str, # Changes of single keys, e.g. `"trainer.epochs=3"`
+    name:str|None=None, # Name of the run, instead of the config's
+    device:str|None=None # auto, cpu, cuda ..., instead of the config's
+) -> Experiment: # `fit` goes on, or begins
+    "Take up the run of this config that is not finished, or begin one."
+    exp = cls(config, *overrides, name=name, device=device)
+    run,done = open_run(exp.cfg),runs_of(exp.cfg)
+    if run is None: exp._told = [f'{_done_line(o)} A new run begins.' for o in done[:1]]
+    elif is_busy(run): raise RunError(f'`{near_path(run.path)}` has the same config and is being trained by process {run.read()["pid"]} on {run.read()["host"]}. Wait for it, stop it, or leave out `--resume auto` for a second run.')
+    else: exp._take_up(newest_checkpoint(run), run)
+    return exp
+
+def _done_line(run):
+    "Say that a run is finished, and how to train longer."
+    path,state = newest_checkpoint(run),{}
+    if path: state = load_checkpoint(path)
+    return train_longer(near_path(run.path), run.read()['epochs'], state)+'\n'
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #d9592693
 @patch
