@@ -47,7 +47,7 @@ class TrainerKeys:
     epochs:int = field(metadata=dict(ge=1)) # Times through the training data
     monitor:str|None = field(default=None, metadata=dict(pattern=r"^(off|(min|max) \S+)$", description="`min` or `max` and a value's name, as in `min val_loss`, or `off`")) # Decides which epoch is best
     early_stop:int = field(default=0, metadata=dict(ge=0)) # Epochs without improvement before stopping; 0 never stops
-    save_period:int = field(default=1, metadata=dict(ge=1)) # Epochs between numbered checkpoints
+    save_period:int = field(default=1, metadata=dict(ge=0)) # Epochs between numbered checkpoints; 0 keeps none
     save_dir:str = "experiments/" # Run folders are made in it
     tensorboard:bool = False # The same as `tensorboard` in `trackers`
     verbosity:int = field(default=1, metadata=dict(ge=0, le=2)) # 0 warnings, 1 information, 2 everything
