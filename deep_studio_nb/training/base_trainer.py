@@ -38,7 +38,7 @@ _log = get_logger("training")
 
 class BaseTrainer(Resumable):
     "Run epochs and look after them: derive from it and write `_train_epoch(epoch)`, which returns the epoch's values by name."
-    threads = None      # on the CPU, while it trains; None leaves them as they are
+    keeps_files = True  # a trial run of a few batches leaves none
     def __init__(self,
         model:nn.Module, # Moved to `device`
         train_loader:Iterable, # Batches; inputs first, targets last
@@ -56,6 +56,7 @@ class BaseTrainer(Resumable):
         save_period:int=1, # Keep every n-th epoch as epoch_N.pt; 0 keeps none
         folder:str|Path|None=None, # Where checkpoints go; None saves nothing
         restore_best:bool=True, # End with the weights of the best epoch
+        threads:int|None=None, # Threads on the CPU while it trains; None leaves them as they are
         on_save_error:str="stop", # What a checkpoint that cannot be written does: "stop" the run, or "continue"
         callbacks:Iterable[Callback|str|dict]=(), # Objects, names or specs
         progress:bool|Progress=True, # Show progress
@@ -64,6 +65,7 @@ class BaseTrainer(Resumable):
         profile:bool=False # Watch some steps, and say where their time goes
     ):
         self.epochs,self.early_stop,self.save_period = whole_number("epochs", epochs, 1),whole_number("early_stop", early_stop, 0),whole_number("save_period", save_period, 0)
+        self.threads = None if threads is None else whole_number("threads", threads, 1)
         self.device,self.seed,self.folder,self.meta = pick_device(device),seed,folder,meta or {}
         self.model,self.train_loader,self.valid_loader = model.to(self.device),train_loader,valid_loader
         self._take_scores(loss, metrics)
@@ -132,6 +134,7 @@ def _prepare(self:BaseTrainer):
     "Check, take the folder, and make up for what the last call left undone."
     self.check()
     if self.left: self._take_back()
+    if not self.keeps_files: self.folder = None
     if self.folder is not None and not self._claimed: self.folder,self._claimed = take_folder(self.folder, self._source),True
     self._mend()
     self._settle()

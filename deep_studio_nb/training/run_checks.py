@@ -9,7 +9,9 @@ __all__ = ['whole_number', 'one_of', 'above_zero', 'check_run', 'take_folder', '
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+import torch
 from torch import Tensor, nn
+from ..common.devices import is_out_of_memory
 from ..common.errors import ConfigError, DataError, StudioError, did_you_mean, listed
 from ..common.logs import get_logger
 from ..common.types import Batch, split_batch
@@ -78,13 +80,15 @@ def check_first_batch(
 ):
     "Refuse a batch that does not fit the model, or predictions that do not fit the loss."
     inputs,target = split_batch(batch)
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         try: preds = model(*inputs)
         except StudioError: raise
         except Exception as e:
+            if is_out_of_memory(e): raise
             shapes = ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in inputs)
             raise DataError(f"`{type(model).__name__}` failed on the first batch, whose inputs are {shapes}: {e}") from e
-        check_loss(loss_fn, preds, target)
+        try: check_loss(loss_fn, preds, target)
+        except DataError as e: raise e.__cause__ if is_out_of_memory(e.__cause__) else e
 
 # %% ../../nbs/30_training/37c_run_checks.ipynb #db531466
 def batch_error(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['share', 'group_factor', 'grads_of', 'scale_gradients', 'taken_grads', 'add_grads', 'clip_gradients', 'make_scaler',
-           'parts_of', 'joined', 'is_out_of_memory']
+           'parts_of', 'joined']
 
 # %% ../../nbs/30_training/37e_steps.ipynb #25a38550
 from collections.abc import Iterable, Mapping
@@ -118,11 +118,3 @@ def _glued(parts:Iterable)->Any:
     if isinstance(first, Mapping): return {k: _glued([o[k] for o in parts]) for k in first}
     if isinstance(first, (list, tuple)): return type(first)(_glued(o) for o in zip(*parts))
     return first
-
-# %% ../../nbs/30_training/37e_steps.ipynb #23537c26
-def is_out_of_memory(
-    e:BaseException
-)->bool:
-    "Tell whether an error means that memory did not suffice."
-    if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
-    return isinstance(e, RuntimeError) and any(o in str(e) for o in ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"))

@@ -7,34 +7,28 @@ __all__ = ['Trainer', 'validate']
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #be023034
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..common.devices import to_device
-from ..common.errors import ConfigError, DataError, RunError
-from ..common.logs import get_logger
+from ..common.errors import ConfigError, DataError
 from ..common.randomness import seed_all
 from ..common.registry import TRAINERS
 from ..common.types import Metrics
 from .base_trainer import BaseTrainer
-from .batches import begin_order, rest_of
+from .few_batches import FewBatches
 from .losses import build_loss
 from .metrics import Meter
 from .monitor import check_monitor
-from .nan_guard import NanGuard, ids_of_batch, nan_error
-from .passes import PRECISIONS, as_channels_last, casting, evaluated, forward_train, in_full, size_of, target_of
-from .run_checks import above_zero, batch_error, check_first_batch, one_of, whole_number
-from .run_state import run_state
+from .nets import check_compile
+from .passes import PRECISIONS, evaluated, in_full, size_of, target_of
+from .run_checks import above_zero, one_of, whole_number
 from .speed import choose_switches
-from .steps import add_grads, clip_gradients, grads_of, group_factor, is_out_of_memory, joined, make_scaler, parts_of, scale_gradients, share, taken_grads
+from .stepping import Stepping
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #0e263d8b
 @TRAINERS.register
-class Trainer(BaseTrainer):
+class Trainer(Stepping, BaseTrainer):
     "Train a model on the batches of a loader, and validate it after each epoch."
-    compile = False
     def __init__(self,
         model:nn.Module, # Moved to the device
         train_loader:Iterable, # Batches; inputs first, targets last
@@ -45,35 +39,39 @@ class Trainer(BaseTrainer):
         clip_norm:float|None=None, # Longest gradient, over all parameters together
         clip_value:float|None=None, # Largest entry of a gradient
         channels_last:bool=False, # Keep pictures as height, width, channels in memory
-        threads:int|None=None, # Threads on the CPU while it trains; None leaves them as they are
+        compile:bool|str=False, # Compile the model, perhaps in a mode of `torch.compile`
         speed:str|None=None, # "auto" measures which of precision, channels_last, threads and compile make this model faster, and uses those
         on_nan:str="stop", # What a loss or gradient that is not finite does: "stop" before the weights change, or "warn" at the epoch's end
+        overfit_batches:int=0, # Train and validate on the first so many batches, the same each time; 0 takes all
+        fast_dev_run:bool=False, # Two batches of each split, one epoch, no files: does it run?
         **kwargs # As for `BaseTrainer`
     ):
-        self.precision,self.accumulate = one_of("precision", precision, PRECISIONS),whole_number("accumulate", accumulate, 1)
+        self.precision,self.accumulate,self.compile = one_of("precision", precision, PRECISIONS),whole_number("accumulate", accumulate, 1),check_compile(compile) and compile or False
         self.clip_norm,self.clip_value,self.channels_last = above_zero("clip_norm", clip_norm),above_zero("clip_value", clip_value),bool(channels_last)
-        self.threads,self.speed = None if threads is None else whole_number("threads", threads, 1),None if speed is None else one_of("speed", speed, ("auto",))
-        self.on_nan = one_of("on_nan", on_nan, ("stop", "warn"))
+        self.speed,self.on_nan = speed and one_of("speed", speed, ("auto",)),one_of("on_nan", on_nan, ("stop", "warn"))
+        train_loader,valid_loader = _shortened(train_loader, valid_loader, whole_number("overfit_batches", overfit_batches, 0), fast_dev_run)
+        if fast_dev_run: self.keeps_files,kwargs = False,kwargs | {"epochs": 1}
         super().__init__(model, train_loader, valid_loader, **kwargs)
 
     def _begin(self):
         super()._begin()
-        self.batch = self.preds = self.losses = self.values = None      # of the step at work
-        self.meter,self.scaler = Meter(self.metrics),make_scaler(self.device, self.precision)
-        self.guard = None
-        self._sizes = []                                                # samples of the batches since the latest step of the optimizer
+        self._begin_steps()
+        self.meter = Meter(self.metrics)
         if self.loss_fn is None and not hasattr(self.model, "forward_train"):
             raise ConfigError(f"`{type(self.model).__name__}` has no `forward_train`, so it needs a `loss`, such as `cross_entropy`.")
+
+def _shortened(train:Iterable, valid:Iterable|None, n:int, fast:bool)->tuple[Iterable,Iterable|None]:
+    "Take only the first batches where that is wanted; those to be learned by heart are validated on, too."
+    if n: train = FewBatches(train, n, same=True)
+    if n and valid is not None: valid = train
+    return tuple(o if o is None or not fast else FewBatches(o, 2) for o in (train, valid))
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #c39b3bfd
 @patch
 def _wire(self:Trainer):
     "Get ready what the steps work with."
     if self.speed: choose_switches(self)
-    if self.channels_last: self.model.to(memory_format=torch.channels_last)
-    self.net = partial(forward_train, self.model, loss_fn=self.loss_fn)     # batch -> predictions, losses, values
-    self._cast = casting(self.device, self.precision)
-    self.guard = NanGuard(self.optimizer, self.device, scaled=self.scaler is not None) if self.on_nan=="stop" else None
+    self._wire_steps()
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #e45b403e
 @patch
@@ -93,159 +91,6 @@ def _train_epoch(self:Trainer, epoch:int)->dict|None:
         if self._halted(): return None
     if self._sizes and self._update(): self._call("after_step")
     return self._results(epoch)
-
-# %% ../../nbs/30_training/38a_trainer.ipynb #a86cf917
-@patch
-def _placed(self:Trainer, batch:Any)->Any:
-    "Bring a batch to where the model is."
-    batch = to_device(batch, self.device)
-    return as_channels_last(batch) if self.channels_last else batch
-
-# %% ../../nbs/30_training/38a_trainer.ipynb #7101d8ca
-@patch
-def _learn(self:Trainer):
-    "Go forward and back through the batch, in as many parts as memory asks for."
-    self._sizes.append(size_of(self.batch) or 1)
-    earlier,before = taken_grads(self.optimizer) if len(self._sizes)>1 else [],self.micro
-    while (said := self._tried()) is not None: self._cut(said)
-    add_grads(earlier)
-    if self.micro>before: get_logger("training").warning(_CUT, self._sizes[-1], self.steps+1, self.micro)
-    if self.guard is not None and not self.guard.gradients_are_fine(grads_of(self.optimizer)): self._stop_at_nan("gradient")
-
-@patch
-def _tried(self:Trainer)->str|None: # What the allocator said if memory did not suffice; None if all went well
-    "Try to go forward and back through the batch."
-    whole = self.batch
-    try: return self._pass() if self.micro==1 else self._pass_in_parts()
-    except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e): raise
-        self.batch,self.preds,self.losses,self.values,self.loss = whole,None,None,None,None
-        return str(e)
-
-@patch
-def _cut(self:Trainer, said:str):
-    "Cut batches into twice as many parts from here on."
-    n = self._sizes[-1]
-    self.optimizer.zero_grad()
-    if self.micro>=n: raise RunError(f"Memory does not suffice for a single sample, in step {self.step+1} of epoch {self.epoch}: {said} Use a smaller model, smaller inputs, or `precision: bf16`.")
-    self.micro = min(2*self.micro, n)
-    if self.device.type=="cuda": torch.cuda.empty_cache()
-
-_CUT = "Memory does not suffice for a batch of %d: from step %d on batches are cut into %d parts, with the same steps of the optimizer. A smaller `batch_size` with `accumulate` does the same."
-
-# %% ../../nbs/30_training/38a_trainer.ipynb #159b165d
-@patch
-def _pass(self:Trainer):
-    "Go forward and back through the batch as a whole."
-    self._forward()
-    self._call("after_loss")
-    self._backward()
-
-@patch
-def _pass_in_parts(self:Trainer):
-    "Go forward and back through one part of the batch after the other."
-    whole,parts,outs = self.batch,parts_of(self.batch, self.micro),[]
-    sizes = [size_of(o) or 1 for o in parts]
-    for part,n in zip(parts, sizes):
-        self.batch = part
-        self._forward()
-        self._call("after_loss")
-        self._backward(n/sum(sizes))
-        outs.append(joined([(self.preds, self.losses, self.values)], [n]))
-    self.batch = whole
-    self.preds,self.losses,self.values = joined(outs, sizes)
-    self.loss = self.losses.total
-
-# %% ../../nbs/30_training/38a_trainer.ipynb #5bcc741d
-@patch
-def _forward(self:Trainer):
-    "Predict and score the batch."
-    with self._cast:
-        if not self.steps and not hasattr(self.model, "forward_train"): check_first_batch(self.model, self.batch, self.loss_fn)
-        try: self.preds,self.losses,self.values = self.net(self.batch)
-        except ValueError as e: raise batch_error(e, self.step+1)
-        self.loss = self.losses.total
-
-@patch
-def _backward(self:Trainer, part:float=1.):
-    "Add the gradients of the batch, or of that part of it, to those of its group."
-    if self.guard is not None and not self.guard.loss_is_fine(self.loss): self._stop_at_nan("loss")
-    weight = part*share(self._sizes)
-    loss = self.loss if weight==1 else self.loss*weight
-    if self.scaler is not None: loss = self.scaler.scale(loss)
-    loss.backward()
-
-# %% ../../nbs/30_training/38a_trainer.ipynb #dda4cd81
-@patch
-def _is_full(self:Trainer)->bool:
-    "Say whether the batch at work is the last of its group."
-    return len(self._sizes)>=self.accumulate or self.step+1==self.batches
-
-# %% ../../nbs/30_training/38a_trainer.ipynb #bfe83b23
-@patch
-def _update(self:Trainer)->bool: # Whether they moved
-    "Move the weights by the gradients of the group, forget those, move the schedule if it counts steps."
-    self._ready_gradients()
-    moved = self._step()
-    self.optimizer.zero_grad()
-    self._sizes.clear()
-    if moved:
-        self.updates += 1
-        self.scheduler.after_batch()
-    return moved
-
-@patch
-def _ready_gradients(self:Trainer):
-    "Make the sum over the group a mean, and bound it."
-    if self.scaler is not None: self.scaler.unscale_(self.optimizer)
-    if len(self._sizes)>1: scale_gradients(grads_of(self.optimizer), group_factor(self._sizes))
-    if self.clip_norm or self.clip_value: clip_gradients(self.optimizer, self.clip_norm, self.clip_value)
-
-@patch
-def _step(self:Trainer)->bool: # Whether the weights moved
-    "Let the optimizer move the weights."
-    if self.scaler is None:
-        self.optimizer.step()
-        return True
-    before = self.scaler.get_scale()
-    self.scaler.step(self.optimizer)
-    self.scaler.update()
-    return self.scaler.get_scale()>=before
-
-# %% ../../nbs/30_training/38a_trainer.ipynb #1323694c
-@patch
-def _stop_at_nan(self:Trainer, what:str):
-    "Keep the batch that gave something not finite, and raise."
-    ago = self.guard.ago() if what=="gradient" else 1
-    step = self.step - ago + 1
-    if ago>1: self._fetch(step)
-    ids = ids_of_batch(self.train_loader, self.epoch, step, size_of(self.batch) or 1)
-    found = {"epoch": self.epoch, "step": step+1, "ids": ids, "batch": self.batch, "preds": self.preds, "losses": self.losses}
-    self.guard.close()
-    self.optimizer.zero_grad()
-    self._sizes.clear()
-    raise nan_error(what, found, self.folder)
-
-@patch
-def _fetch(self:Trainer, step:int):
-    "Fetch a batch of the epoch at work once more, and score it."
-    begin_order(self.train_loader, self.epoch, self._order)
-    self.batch = self._placed(next(rest_of(self.train_loader, step)))
-    with torch.no_grad(), self._cast: self.preds,self.losses,_ = self.net(self.batch)
-
-# %% ../../nbs/30_training/38a_trainer.ipynb #4d175894
-@patch
-def _surely_fine(self:Trainer):
-    "Wait for the guard's answer, where it has not been waited for."
-    if self.guard is None or self.guard.every==1 or not self.guard.ago(): return
-    self.step -= 1                      # the latest batch has been counted
-    self._stop_at_nan("gradient")
-
-@patch
-def state_dict(self:Trainer)->dict: # Tensors and plain data
-    "Gather everything that is needed to go on exactly."
-    self._surely_fine()
-    return run_state(self)
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #6200cb77
 @patch
@@ -324,19 +169,6 @@ def _epoch_state(self:Trainer)->dict:
 def _load_epoch_state(self:Trainer, state:dict):
     "Put the sums of the epoch back."
     self.meter.load_state_dict(state)
-
-@patch
-def _grads_state(self:Trainer)->dict|None:
-    "Keep the gradients of a group that is not yet full."
-    return {"sizes": [*self._sizes], "grads": {k: p.grad for k,p in self.model.named_parameters() if p.grad is not None}} if self._sizes else None
-
-@patch
-def _load_grads_state(self:Trainer, state:dict|None):
-    "Put the gradients of a group back."
-    self.optimizer.zero_grad()
-    self._sizes = [*state["sizes"]] if state else []
-    for k,p in self.model.named_parameters():
-        if state and k in state["grads"]: p.grad = state["grads"][k].to(p.device, copy=True)
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #4ba5cca0
 def validate(
