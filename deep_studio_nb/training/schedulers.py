@@ -114,6 +114,7 @@ def load_state_dict(self:Schedule,
     mine,length = getattr(self.scheduler, 'T_max', None),state['state'].get('T_max')
     if mine!=length: _log.warning("The `%s` of the checkpoint falls for %s %s, and that of this run would for %s: it goes on as it began, so the rate rises again, or does not reach its end.", _kind(self.scheduler), length, 'steps' if self.per_batch else 'epochs', mine)
     self.scheduler.load_state_dict(dict(state['state']))
+    self.scheduler.optimizer._opt_called = True   # in an earlier process; else torch would warn
     warm = state['warm_up'] or {'steps': 0, 'from': 0., 'done': 0, 'warming': False, 'rates': []}
     self.warmup,self.warmup_from,self.warmed,self.warming,self.rates = warm['steps'],warm['from'],warm['done'],warm['warming'],[*warm['rates']]
 
