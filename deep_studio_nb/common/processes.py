@@ -7,7 +7,7 @@ __all__ = ['launched', 'local_rank', 'local_world', 'started', 'rank', 'world', 
            'in_processes', 'gathered', 'agreed', 'all_sum', 'any_of', 'is_lost', 'first_to_tell']
 
 # %% ../../nbs/00_common/08a_processes.ipynb #2d2aaa18
-import logging, os, secrets, signal, sys, threading
+import faulthandler, logging, os, secrets, signal, sys, threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -117,25 +117,30 @@ def start_processes(
     return [found[o] for o in sorted(found)]
 
 # %% ../../nbs/00_common/08a_processes.ipynb #8534897a
-def _joined(fn:Callable, args:tuple)->Any:
+def _joined(fn:Callable, args:tuple, seconds:float|None)->Any:
     "Call `fn` in a process that is joined with the others."
     import torch
+    sys.stdout,sys.stderr = (os.fdopen(o, 'w', buffering=1, closefd=False) for o in (1,2))   # those of a notebook belong to threads that are not there
+    if seconds: faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr)
     torch.set_num_threads(1)   # the threads of the copied process are not there
     begin()
     try: return fn(*args)
-    finally: end()
+    finally:
+        end()
+        faulthandler.cancel_dump_traceback_later()
 
 # %% ../../nbs/00_common/08a_processes.ipynb #feee1512
 def in_processes(
     fn:Callable, # May be written in a notebook
     *args:Any, # What it is called with
-    nproc:int=2 # How many processes
+    nproc:int=2, # How many processes
+    seconds:float|None=None # After how long a process that is not done says where it is, and ends
 )->list: # What it returned in each
     "Call `fn` in `nproc` copies of this process, which are joined, and compute on the CPU."
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     if torch.cuda.is_initialized(): raise RunError('This process uses a GPU already, and cannot be copied any more. Restart the kernel, or use `launch`.')
-    try: return start_processes(_joined, fn, args, nproc=nproc, how='fork')
+    try: return start_processes(_joined, fn, args, seconds, nproc=nproc, how='fork')
     except ChildFailedError as e: raise RunError(_told(e.failures, nproc)) from None
 
 def _told(failures:dict, nproc:int)->str:

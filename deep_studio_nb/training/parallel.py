@@ -6,9 +6,10 @@
 __all__ = ['STRATEGIES', 'is_divided', 'share_loader', 'Peers', 'find_peers', 'Pass', 'reached', 'others_first', 'no_room']
 
 # %% ../../nbs/30_training/37g_parallel.ipynb #723c0bfb
-import itertools
+import itertools, warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from inspect import signature
 from typing import Any
 import torch
 from fastcore.basics import patch
@@ -223,10 +224,10 @@ def _leaves_out(self:Peers, model:nn.Module, batch:Any)->bool:
 @patch
 def _wrapped(self:Peers, model:nn.Module, batch:Any)->nn.Module:
     "Put DDP around the pass."
-    import warnings
     out = self._leaves_out(model, batch)
     warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")   # it cannot be known beforehand
-    return nn.parallel.DistributedDataParallel(Pass(model, self._net), broadcast_buffers=False, find_unused_parameters=out)
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(nn.parallel.DistributedDataParallel).parameters else "broadcast_buffers"   # its name before PyTorch 2.14
+    return nn.parallel.DistributedDataParallel(Pass(model, self._net), find_unused_parameters=out, **{buffers: False})
 
 # %% ../../nbs/30_training/37g_parallel.ipynb #7f7c30aa
 @patch
