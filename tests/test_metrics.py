@@ -211,6 +211,7 @@ def test_states_of_several_processes_make_the_meter_that_saw_all(owners):
         for k in whole: assert found[k]==pytest.approx(whole[k], abs=1e-6 if k.startswith('m') else 1e-12), k
 
 
+@pytest.mark.filterwarnings('ignore:Metric `SpearmanCorr')
 @pytest.mark.parametrize('owners', OWNERS, ids=str)
 def test_merged_numbers_go_on_and_merge_again(owners):
     preds,target = number_data()
@@ -229,10 +230,11 @@ def test_merged_numbers_go_on_and_merge_again(owners):
 
 def test_pictures_and_collections_merge():
     import torchmetrics as tm
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
     gen = torch.Generator().manual_seed(5)
     preds,target = (torch.rand(9, 3, 24, 24, generator=gen) for _ in range(2))
     batches = list(zip(preds.split([4,3,2]), target.split([4,3,2])))
-    metrics = {'ssim': tm.StructuralSimilarityIndexMeasure(data_range=1.), 'psnr': tm.PeakSignalNoiseRatio(data_range=1.), 'free': tm.PeakSignalNoiseRatio(),
+    metrics = {'ssim': StructuralSimilarityIndexMeasure(data_range=1.), 'psnr': PeakSignalNoiseRatio(data_range=1.), 'free': PeakSignalNoiseRatio(),
                'both': tm.MetricCollection([tm.MeanSquaredError(), tm.MeanAbsoluteError()])}
     make = lambda: Meter(metrics)
     whole = over(make(), preds, target, [4,3,2]).compute()
@@ -261,5 +263,163 @@ def test_a_batch_without_items_counts_for_nothing():
 
 def test_torchmetrics_asks_no_other_process_by_itself():
     meter = Meter(named(['Accuracy']), facts={'num_classes':K})
-    metric = meter.metrics['m0'].metric
+    metric = meter.metrics['m0'].metric.metric
     assert not metric.sync_on_compute and not metric._to_sync
+
+
+def prob(p): return p.double().softmax(1).numpy()
+
+
+def specificity(t, g):
+    table = sk.confusion_matrix(t, g, labels=range(K))
+    return np.mean([(table.sum()-table[i].sum()-table[:,i].sum()+table[i,i])/(table.sum()-table[i].sum()) for i in range(K)])
+
+
+SHORT_CLASSES = {
+    'precision': lambda p,t: sk.precision_score(t, p.argmax(1), average='macro'),
+    'recall': lambda p,t: sk.recall_score(t, p.argmax(1), average='macro'),
+    'specificity': lambda p,t: specificity(t, p.argmax(1)),
+    'balanced_accuracy': lambda p,t: sk.balanced_accuracy_score(t, p.argmax(1)),
+    'fbeta': lambda p,t: sk.fbeta_score(t, p.argmax(1), beta=1., average='macro'),
+    'auroc': lambda p,t: sk.roc_auc_score(t, prob(p), multi_class='ovr'),
+    'average_precision': lambda p,t: sk.average_precision_score(np.eye(K)[t], prob(p), average='macro'),
+    'jaccard': lambda p,t: sk.jaccard_score(t, p.argmax(1), average='macro'),
+    'cohen_kappa': lambda p,t: sk.cohen_kappa_score(t, p.argmax(1)),
+    'mcc': lambda p,t: sk.matthews_corrcoef(t, p.argmax(1)),
+    'hamming': lambda p,t: sk.hamming_loss(t, p.argmax(1))}
+SMALL = [1., 0.05]     # logits of this size: the small ones all lie within 0 and 1 now and then, where they could be taken for probabilities
+
+
+@pytest.mark.filterwarnings('ignore:No .* samples in targets')
+@pytest.mark.parametrize('cut', CUTS, ids=str)
+@pytest.mark.parametrize('size', SMALL)
+def test_short_names_of_classes_equal_scikit_learn_however_batches_are_cut(cut, size):
+    preds,target = class_data()
+    preds = preds*size
+    found = over(Meter(list(SHORT_CLASSES), facts={'num_classes':K, 'task':'classes'}), preds, target, cut).compute()
+    for name,fn in SHORT_CLASSES.items(): assert found[name] == pytest.approx(fn(preds, target), abs=2e-5), name
+
+
+def label_data(size=1.):
+    gen = torch.Generator().manual_seed(6)
+    return torch.randn(N, K, generator=gen)*size, (torch.randn(N, K, generator=gen)>0.3).float()
+
+
+SHORT_LABELS = {
+    'accuracy': lambda p,t: (p.sigmoid().numpy().round()==t.numpy()).mean(),
+    'f1': lambda p,t: sk.f1_score(t, p>0, average='macro'),
+    'precision': lambda p,t: sk.precision_score(t, p>0, average='macro'),
+    'recall': lambda p,t: sk.recall_score(t, p>0, average='macro'),
+    'auroc': lambda p,t: sk.roc_auc_score(t, p, average='macro'),
+    'average_precision': lambda p,t: sk.average_precision_score(t, p, average='macro'),
+    'hamming': lambda p,t: sk.hamming_loss(t, p>0),
+    'jaccard': lambda p,t: sk.jaccard_score(t, p>0, average='macro'),
+    'exact_match': lambda p,t: sk.accuracy_score(t, p>0),
+    'label_accuracy': lambda p,t: 1-sk.hamming_loss(t, p>0),
+    'label_f1': lambda p,t: sk.f1_score(t, p>0, average='samples', zero_division=1.)}
+
+
+@pytest.mark.filterwarnings('ignore:No .* samples in targets')
+@pytest.mark.parametrize('cut', CUTS, ids=str)
+@pytest.mark.parametrize('size', SMALL)
+def test_names_mean_labels_where_items_have_several(cut, size):
+    preds,target = label_data(size)
+    found = over(Meter(list(SHORT_LABELS), facts={'num_classes':K, 'task':'labels'}), preds, target, cut).compute()
+    for name,fn in SHORT_LABELS.items(): assert found[name] == pytest.approx(fn(preds, target), abs=2e-5), name
+    with pytest.raises(ConfigError, match='several labels'): build_metrics(['top_k_acc'], {'num_classes':K, 'task':'labels'})
+
+
+@pytest.mark.parametrize('shape', ['one logit', 'one logit, axis', 'two logits'])
+def test_two_classes_whatever_the_model_gives(shape):
+    gen = torch.Generator().manual_seed(7)
+    logit,target = torch.randn(N, generator=gen),torch.randint(2, (N,), generator=gen)
+    preds = {'one logit': logit, 'one logit, axis': logit[:,None], 'two logits': torch.stack([logit/3, logit*4/3], 1)}[shape]
+    yes = {'yes_precision':{'type':'precision', 'args':{'task':'binary'}}, 'yes_ap':{'type':'average_precision', 'args':{'task':'binary'}}, 'auroc':'auroc', 'both':'precision'}
+    found = over(Meter(yes, facts={'num_classes':2, 'task':'classes'}), preds, target, CUTS[1]).compute()
+    assert found['yes_precision'] == pytest.approx(sk.precision_score(target, logit>0), abs=1e-6)
+    assert found['both'] == pytest.approx(sk.precision_score(target, logit>0, average='macro'), abs=1e-6)
+    assert found['auroc'] == pytest.approx(sk.roc_auc_score(target, logit), abs=1e-5)
+    assert found['yes_ap'] == pytest.approx(sk.average_precision_score(target, logit), abs=1e-5)
+
+
+def test_shares_of_classes_as_targets_and_masks_with_places_that_do_not_count():
+    preds,target = class_data()
+    soft = F.one_hot(target, K)*0.8+0.05
+    make = lambda: Meter(['auroc', 'recall'], facts={'num_classes':K})
+    assert over(make(), preds, soft, CUTS[1]).compute()==over(make(), preds, target, CUTS[1]).compute()
+    gen = torch.Generator().manual_seed(8)
+    maps,masks = torch.randn(6, 3, 5, 4, generator=gen),torch.randint(3, (6,5,4), generator=gen)
+    masks[:,0] = -100
+    facts = {'num_classes':3, 'task':'mask', 'ignore_index':-100}
+    found = over(Meter(['precision', 'jaccard', 'iou', 'dice'], facts=facts), maps, masks, [4,2]).compute()
+    guess,truth = maps.argmax(1)[:,1:].flatten(),masks[:,1:].flatten()
+    assert found['precision'] == pytest.approx(sk.precision_score(truth, guess, average='macro'), abs=1e-6)
+    for name in ('jaccard', 'iou'): assert found[name] == pytest.approx(sk.jaccard_score(truth, guess, average='macro'), abs=1e-6)
+    assert found['dice'] == pytest.approx(sk.f1_score(truth, guess, average='macro'), abs=1e-6)
+
+
+@pytest.mark.filterwarnings('ignore:Metric `SpearmanCorr')
+@pytest.mark.parametrize('cut', CUTS[:2]+CUTS[3:], ids=str)
+def test_short_names_of_numbers_equal_scipy_and_scikit_learn(cut):
+    from scipy import stats
+    preds,target = number_data()
+    preds,target = preds+0.5*target[:,None]+5,target+5
+    x,y = preds[:,0].double().numpy(),target.double().numpy()
+    theirs = {'pearson': stats.pearsonr(x, y)[0], 'spearman': stats.spearmanr(x, y)[0], 'kendall': stats.kendalltau(x, y)[0], 'explained_variance': sk.explained_variance_score(y, x), 'mape': sk.mean_absolute_percentage_error(y, x)}
+    found = over(Meter(list(theirs), facts={'out_features':1, 'task':'number'}), preds, target, cut).compute()
+    assert found == pytest.approx(theirs, rel=1e-4)
+    with pytest.raises(ConfigError, match='of another kind'): build_metrics(['auroc'], {'out_features':1, 'task':'number'})
+
+
+def test_several_numbers_an_item_are_each_correlated():
+    gen = torch.Generator().manual_seed(9)
+    preds,target = torch.randn(N, 2, generator=gen),torch.randn(N, 2, generator=gen)
+    found = over(Meter(['pearson', 'mae', 'r2'], facts={'out_features':2, 'task':'number'}), preds, target, CUTS[1]).compute()
+    assert found['pearson_1'] == pytest.approx(np.corrcoef(preds[:,1], target[:,1])[0,1], abs=1e-5)
+    assert found['mae'] == pytest.approx(sk.mean_absolute_error(target, preds), abs=1e-6)
+
+
+@pytest.mark.parametrize('cut', [[9], [4,3,2], [1]*9], ids=str)
+def test_pictures_by_name(cut):
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    gen = torch.Generator().manual_seed(10)
+    target = torch.rand(9, 3, 24, 24, generator=gen)
+    preds = (target+0.1*torch.randn(target.shape, generator=gen)).clamp(0, 1)
+    found = over(Meter(['psnr', 'ssim', 'PeakSignalNoiseRatio', 'StructuralSimilarityIndexMeasure'], facts={'task':'image'}), preds, target, cut).compute()
+    assert found['psnr'] == pytest.approx(np.mean([peak_signal_noise_ratio(t.numpy(), p.numpy(), data_range=1.) for p,t in zip(preds, target)]), abs=1e-4)
+    assert found['ssim'] == pytest.approx(np.mean([structural_similarity(t.numpy(), p.numpy(), gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1., channel_axis=0) for p,t in zip(preds, target)]), abs=1e-4)
+    assert found['PeakSignalNoiseRatio'] == pytest.approx(-10*np.log10(((preds-target)**2).double().mean().item()), abs=1e-4)
+    assert found['StructuralSimilarityIndexMeasure'] == pytest.approx(found['ssim'], abs=0.02)      # which also counts a border beyond the edge
+
+
+def test_torchmetrics_is_imported_only_when_one_of_its_metrics_is_built():
+    import subprocess, sys
+    code = """import sys
+from deep_studio_nb.training.metrics import Meter, METRICS
+Meter(['accuracy', 'f1', 'ssim', 'iou', 'dice'], facts={'num_classes': 3}), METRICS._repr_markdown_(), METRICS.names()
+print('torchmetrics' in sys.modules)
+Meter(['auroc'], facts={'num_classes': 3})
+print('torchmetrics' in sys.modules)"""
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()==['False','True']
+
+
+def test_predictions_that_do_not_fit_are_told_with_their_shapes():
+    meter = Meter(['auroc'], facts={'num_classes':3})
+    with pytest.raises(DataError, match='`MulticlassAUROC` cannot take predictions of shape \\(4, 5\\)'): meter.add(None, torch.randn(4,5), torch.tensor([0,1,2,0]))
+    meter = Meter(['auroc'], facts={'num_classes':3, 'task':'labels'})
+    with pytest.raises(DataError, match='several labels'): meter.add(None, torch.randn(4,3), torch.tensor([0,1,2,0]))
+
+
+def test_all_metrics_are_known_on_both_splits_of_a_training():
+    from training_toy import loaders, model
+    from deep_studio_nb.training.trainer import Trainer
+    train,valid = loaders('ours')
+    loss = {'type':'sum', 'args':{'losses':['cross_entropy', {'type':'focal', 'weight':0.5}]}}
+    run = Trainer(model(), train, valid, loss=loss, metrics=['accuracy', 'auroc', {'type':'recall', 'args':{'average':'none'}}, 'cohen_kappa', 'f1'], epochs=2, device='cpu', progress=False, monitor='max val_auroc')
+    row = run.train()[-1]
+    names = ['loss', 'cross_entropy', 'focal', 'accuracy', 'auroc', 'recall_0', 'recall_1', 'cohen_kappa', 'f1']
+    assert [o for o in row if o not in ('epoch', 'lr', 'seconds')] == names+[f'val_{o}' for o in names]
+    for o in ('', 'val_'): assert row[f'{o}loss'] == pytest.approx(row[f'{o}cross_entropy']+0.5*row[f'{o}focal'], abs=1e-6)
+    with torch.no_grad(): preds = torch.cat([run.model.eval()(x) for x,_ in valid])
+    target = torch.cat([y for _,y in valid])
+    assert row['val_auroc'] == pytest.approx(sk.roc_auc_score(target, (preds[:,1]-preds[:,0])), abs=1e-5)

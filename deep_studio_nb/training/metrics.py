@@ -11,21 +11,22 @@ from functools import partial
 from fastcore.basics import patch
 from torch import Tensor
 from ..common.errors import ConfigError, DataError, listed
-from ..common.registry import METRICS
+from ..common.registry import METRICS, split_spec
 from ..common.types import Loss, Metrics
 from . import metric_functions, pixel_metrics  # noqa: F401  (registers their names)
 from .running import RunningFunction, RunningMean, RunningObject
+from .torch_metrics import prepared, short_facts
 
-# %% ../../nbs/30_training/31b_metrics.ipynb #d2f6445e
+# %% ../../nbs/30_training/31b_metrics.ipynb #c100c89f
 def build_metrics(
     specs:Iterable|Mapping|str|Callable=(), # Names, `{type, args}` specs, functions or objects; a mapping gives them names
     facts:Mapping|None=None # What the data knows, for metrics that ask for it: num_classes
 )->dict[str,object]: # Functions and objects by name
     "Make the metrics that `specs` describe."
     if not isinstance(specs, Mapping) or 'type' in specs: specs = [(None, o) for o in ([specs] if isinstance(specs, (str, Mapping)) or callable(specs) else specs)]
-    facts,built = _asked_for(facts or {}),{}
+    built = {}
     for name,spec in (specs.items() if isinstance(specs, Mapping) else specs):
-        metric = METRICS.build(spec, facts=facts)
+        metric = _build(spec, facts or {})
         if not callable(metric) and not hasattr(metric, 'update'): raise ConfigError(f"{metric!r} is no metric: want a name, `{{type, args}}`, a function of predictions and targets, or an object with `update` and `compute`.")
         name = name or _metric_name(spec, metric)
         if name in built: raise ConfigError(f"There are two metrics called `{name}`. Give them names: {{\"my_name\": ...}}.")
@@ -33,15 +34,17 @@ def build_metrics(
         built[name] = metric
     return built
 
-# %% ../../nbs/30_training/31b_metrics.ipynb #2c455f53
-_TASKS = dict(labels='multilabel', classes='multiclass', mask='multiclass')
+# %% ../../nbs/30_training/31b_metrics.ipynb #5922a34b
+_FOR_LABELS = dict(accuracy={'type':'label_accuracy'}, f1={'type':'F1Score', 'args':{'average':'macro'}})
 
-def _asked_for(facts:Mapping)->dict:
-    "`facts` in the words of torchmetrics: its `task`, and `num_labels` for items that have several."
-    task = _TASKS.get(facts.get('task', 'classes' if 'num_classes' in facts else None))
-    res = {k:v for k,v in facts.items() if k!='task'}
-    if task=='multilabel': res['num_labels'] = facts['num_classes']
-    return res|dict(task=task) if task else res
+def _build(spec:object, facts:Mapping)->object:
+    "Make one metric; an object that is given stays as it is."
+    if not isinstance(spec, (str, Mapping)): return METRICS.build(spec)
+    name,args = split_spec(spec)
+    if facts.get('task')=='labels':
+        if name=='top_k_acc': raise ConfigError("`top_k_acc` judges items of one class each, and these have several labels. Take `label_f1`, `exact_match` or `average_precision`.")
+        if name in _FOR_LABELS: spec = _FOR_LABELS[name]|({'args':_FOR_LABELS[name].get('args', {})|args} if args else {})
+    return prepared(METRICS.build(spec, facts=short_facts(name, facts, args)))
 
 # %% ../../nbs/30_training/31b_metrics.ipynb #8da57237
 _TAKEN = ('loss', 'epoch', 'lr', 'seconds')
