@@ -31,6 +31,7 @@ class Running:
     ):
         self.trainer,self.error = trainer,None
         self._turns,self._draws,self._threads = Turns(),OwnDraws(),torch.get_num_threads()
+        self._ended = threading.Event() # not `Thread.join`, which takes a thread for ended when the waiting is interrupted
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=lambda: context.run(self._run), name="training", daemon=True)
 
@@ -55,13 +56,16 @@ class Running:
 def _run(self:Running):
     "Do the work, in the thread."
     if torch.get_num_threads()!=self._threads: torch.set_num_threads(self._threads)
-    with self._turns.working(self.trainer.model), self._draws:
-        try: self._work()
-        except BaseException as e: self.error = e
-    atexit.unregister(self._leave)
-    self._draws = None
-    if self.error: get_logger("training").error("The training in the background failed: %s", self._why)
-    if self.status!="finished": self._say(f"{self.status}{f': {self._why}' if self.error else ''}", ended=True)
+    try:
+        with self._turns.working(self.trainer.model), self._draws:
+            try: self._work()
+            except BaseException as e: self.error = e
+        if self.error: get_logger("training").error("The training in the background failed: %s", self._why)
+        if self.status!="finished": self._say(f"{self.status}{f': {self._why}' if self.error else ''}", ended=True)
+    finally:
+        self._draws = None
+        atexit.unregister(self._leave)
+        self._ended.set()
 
 @patch(as_prop=True)
 def _why(self:Running)->str: return f"{type(self.error).__name__}: {self.error}"
@@ -84,10 +88,10 @@ def _leave(self:Running):
 def _end(self:Running, most:float=math.inf):
     "Ask it to stop until it has, for `most` seconds; a training that only begins forgets what was asked before."
     end = perf_counter() + most
-    while self._thread.is_alive() and perf_counter()<end:
+    while not self._ended.is_set() and perf_counter()<end:
         self.trainer.stop()
         self._turns.resume()
-        self._thread.join(0.05)
+        self._ended.wait(0.05)
 
 @patch
 def _start(self:Running, work:Callable[[],Any])->Running:
@@ -159,11 +163,11 @@ def wait(self:Running,
 )->History|None: # None if it is still at work
     "Wait for the end of the training."
     if self._in_thread: self.pause()
-    try: self._thread.join(timeout)
+    try: self._ended.wait(timeout)
     except KeyboardInterrupt:
         get_logger("training").warning("Only the waiting has ended: the training goes on in the background. `.stop()` ends it.")
         raise
-    if self._thread.is_alive(): return None
+    if not self._ended.is_set(): return None
     if self.error: raise self.error
     return self.history
 
