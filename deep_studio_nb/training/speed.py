@@ -26,7 +26,8 @@ from ..common.randomness import rng_state, set_rng_state
 from ..common.tables import Table
 from ..common.types import Batch
 from .batches import undisturbed
-from .passes import as_channels_last, casting, forward_train, size_of
+from .nets import net_of
+from .passes import as_channels_last, casting, size_of
 from .progress import Progress
 from .switches import Numerics, Switches, combinations, compare_numerics
 from .views import in_notebook
@@ -63,10 +64,8 @@ def copy(self:Bench, channels_last:bool)->tuple[nn.Module,Optimizer]:
 def net(self:Bench, switches:Switches)->Callable:
     "Return what a step calls."
     key = switches.channels_last,switches.compile
-    if key not in self.nets: self.nets[key] = _net(self.copy(switches.channels_last)[0], self.loss_fn, switches.compile)
+    if key not in self.nets: self.nets[key] = net_of(self.copy(switches.channels_last)[0], self.loss_fn, switches.compile)
     return self.nets[key]
-
-def _net(model, loss_fn, compile): return lambda batch: forward_train(model, batch, loss_fn)
 
 # %% ../../nbs/30_training/37j_speed.ipynb #9cfa3d40
 @patch
