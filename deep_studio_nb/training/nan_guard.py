@@ -29,7 +29,7 @@ class NanGuard:
         every:int=50 # Gradients between two looks, where looking means waiting
     ):
         self.optimizer,self.scaled = optimizer,scaled
-        self.found,self.since,self.asked = torch.zeros((), device=device),torch.zeros((), device=device),0
+        self.found,self.since,self.one,self.asked = *(torch.full((), float(o), device=device) for o in (0, 0, 1)),0
         self.every = every if device.type!="cpu" and not scaled and all(g.get("fused") for g in optimizer.param_groups) else 1
         if self.every>1: optimizer.found_inf = self.found
 
@@ -51,7 +51,7 @@ def gradients_are_fine(self:NanGuard,
 )->bool: # True where nobody has looked
     "Look at gradients, or note on the device that somebody should."
     if self.scaled: return True
-    scale_gradients(grads, found=self.found)
+    scale_gradients(grads, self.one, self.found)
     if self.every==1: return not self.found.item()
     self.since += self.found
     self.asked += 1

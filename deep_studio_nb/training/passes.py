@@ -66,7 +66,7 @@ def size_of(
 )->int|None: # Length of the last tensor in it, None if there is none
     "Count the items of a batch."
     parts = [batch] if isinstance(batch, Tensor) else list(batch.values()) if isinstance(batch, Mapping) else batch
-    return next((len(o) for o in reversed(parts) if isinstance(o, Tensor) and o.ndim), None)
+    return next((o.shape[0] for o in reversed(parts) if isinstance(o, Tensor) and o.ndim), None)
 
 # %% ../../nbs/30_training/33a_passes.ipynb #23780f4c
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from ..common.types import Batch, Loss, Metrics
 from .passes import size_of
+from .sharded import own_piece
 
 # %% ../../nbs/30_training/37e_steps.ipynb #555483bd
 def share(
@@ -33,7 +34,7 @@ def grads_of(
     optimizer:Optimizer
 )->list[Tensor]: # Those that there are
     "Collect the gradients that `optimizer` is about to use."
-    return [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    return [own_piece(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
 
 # %% ../../nbs/30_training/37e_steps.ipynb #c8ac1d10
 def scale_gradients(
