@@ -75,7 +75,7 @@ def config_and_overrides(
 def train(
     words:list[str]=typer.Argument(None, metavar='CONFIG [KEY=VALUE]', help='The config and overrides of its keys.', show_default=False),
     config:str=typer.Option(None, '-c', '--config', metavar='CONFIG', help='The config, for those who prefer an option.'),
-    resume:str=typer.Option(None, '-r', '--resume', metavar='CHECKPOINT_OR_RUN', help='Go on with a run, or from one of its checkpoints.'),
+    resume:str=typer.Option(None, '-r', '--resume', metavar='RUN|CHECKPOINT|auto', help='Go on with a run, or from one of its checkpoints; auto finds the unfinished run of this config, or begins one.'),
     name:str=typer.Option(None, '--name', help="Name of the run folder, instead of the config's."),
     device:str=typer.Option(None, '-d', '--device', metavar='auto|cpu|cuda', help='Where to train; auto takes the first GPU there is.'),
 ):
@@ -84,8 +84,8 @@ def train(
     For example: deep-studio train configs/quickstart.yaml trainer.epochs=3"""
     from deep_studio_nb.experiments.experiment import Experiment
     config,overrides = config_and_overrides(words or [], config)
-    if resume is None and config is None: raise typer.BadParameter('What should be trained? Give a config, e.g. configs/quickstart.yaml, or --resume RUN.')
-    if resume is None: exp = Experiment(config, *overrides, name=name, device=device)
+    if resume in (None,'auto') and config is None: raise typer.BadParameter('What should be trained? Give a config, e.g. configs/quickstart.yaml, or --resume RUN.')
+    if resume in (None,'auto'): exp = (Experiment.auto if resume else Experiment)(config, *overrides, name=name, device=device)
     else: exp = Experiment.resume(resume, *overrides, config=config, name=name, device=device)
     exp.fit()
     print(exp.summary())

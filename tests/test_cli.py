@@ -178,6 +178,36 @@ def test_a_killed_run_is_seen_as_killed_and_goes_on_exactly(here, digits, capsys
     assert same(weights(here/'experiments/whole'), weights(here/'experiments/cut'))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != 'posix', reason='SIGKILL')
+def test_the_same_command_goes_on_until_it_is_done(here, digits, capsys):
+    "`--resume auto`: killed before the first checkpoint, killed later, stopped, finished; data are loaded by processes that outlive a kill by some seconds."
+    loader = dict(type='DataLoader', args=dict(batch_size=128, num_workers=2, start='fork', cache='off'))
+    cfg = config(digits, trainer=dict(epochs=3), imports=['patient'], data_loader=loader, callbacks=[dict(type='SaveSteps', args=dict(every=4))])
+    (here/'patient.py').write_text(PATIENT)
+    assert process('train', cfg, 'arch=Patient', 'name=whole', cwd=here).returncode == 0
+    words = 'train', cfg, 'arch=Patient', 'name=cut', '--resume', 'auto'
+    for at, by in (('3', 'SIGKILL'), ('15', 'SIGKILL'), ('7', 'SIGINT')):
+        p = process(*words, cwd=here, STOP_AT=at, STOP_BY=by)
+        assert p.returncode == (130 if by == 'SIGINT' else -9), p.stdout+p.stderr
+    p = process(*words, cwd=here)
+    assert p.returncode == 0, p.stdout+p.stderr
+    assert same(weights(here/'experiments/whole'), weights(here/'experiments/cut'))
+    assert sorted(o.name for o in (here/'experiments').iterdir()) == ['cut', 'whole']
+    said = process(*words, 'trainer.verbosity=1', cwd=here).stdout
+    assert '`experiments/cut` has had its 3 epochs' in said and 'A new run begins' in said and (here/'experiments/cut-2').exists()
+    code, said = studio('train', '--resume', 'auto', capsys=capsys)
+    assert code == 2 and 'What should be trained?' in said
+
+
+def test_the_plain_command_tells_of_a_run_that_could_go_on(here, digits, capsys):
+    cfg = config(digits, callbacks=[dict(type='StopAfter', args=dict(steps=3))])
+    assert studio('train', cfg, capsys=capsys)[0] == 130
+    code, said = studio('train', cfg, capsys=capsys)
+    assert code == 130 and '`experiments/tiny` has the same config and was stopped' in said and 'deep-studio train --resume experiments/tiny,' in said
+    assert 'has the same config' not in studio('train', cfg, 'seed=3', capsys=capsys)[1]
+
+
 def test_two_cannot_train_into_one_folder(here, digits, capsys):
     from deep_studio_nb.experiments.run_folder import RunFolder
     studio('train', config(digits, trainer=dict(epochs=1)), capsys=capsys)
