@@ -9,6 +9,7 @@ __all__ = ['Experiment']
 import json, sys
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakValueDictionary
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -28,6 +29,7 @@ from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run, now, this_process
 from .summary import near_path, run_summary
 from .trackers import Trackers
+from ..training.background import Running, in_background, refuse_second
 from ..training.base_trainer import BaseTrainer
 from ..training.checkpoints import load_checkpoint, weights_of
 from ..training.history import History
@@ -130,19 +132,36 @@ def _tracker_specs(self:Experiment):
     named = any(o in ('tensorboard',{'type': 'tensorboard'}) for o in specs)
     return [*specs, 'tensorboard'] if self.cfg['trainer'].get('tensorboard') and not named else specs
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #1dd91735
+# %% ../../nbs/50_experiments/54_experiment.ipynb #32a507c9
 @patch
-def fit(self:Experiment) -> History: # One row an epoch
+def fit(self:Experiment,
+    background:bool=False # Return at once, and train in a thread of its own
+) -> History|Running: # One row an epoch; or the training at work, to pause, stop or await
     "Train into a run folder, and score the best weights; after a stop, go on where it stopped."
+    _refuse_second()
     if self.folder and not self.trainer.left and self.folder.status()=='finished': raise RunError(train_longer(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
     level = self.cfg['trainer'].get('verbosity', 1)
-    with using_threads(self.cfg.get('trainer.threads')):
-        with logging_to(None, level), records_kept() as said: self._begin()
-        with self.folder.claimed(), logging_to(self.folder.file('logs','training.log'), level):
-            self._check_untouched()
-            repeat(said)
-            self._guarded()
+    with using_threads(self.cfg.get('trainer.threads')), logging_to(None, level), records_kept() as said: self._begin()
+    if not background: return self._fit(level, said)
+    _latest['run'] = run = in_background(self.trainer, lambda: self._fit(level, said))
+    return run
+
+@patch
+def _fit(self:Experiment, level, said) -> History:
+    "Train into the folder that there is."
+    with using_threads(self.cfg.get('trainer.threads')), self.folder.claimed(), logging_to(self.folder.file('logs','training.log'), level):
+        self._check_untouched()
+        repeat(said)
+        self._guarded()
     return self.trainer.history
+
+# %% ../../nbs/50_experiments/54_experiment.ipynb #e47404f9
+_latest = WeakValueDictionary() # 'run' -> the latest experiment in the background, while anybody knows it
+
+def _refuse_second():
+    "Refuse to train beside an experiment that is trained in the background."
+    run = _latest.get('run')
+    if run: refuse_second(run, f'Experiment `{run.trainer.meta["config"]["name"]}`')
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #12a415aa
 @patch
