@@ -32,6 +32,7 @@ def in_a_child(target, *args):
 def long_run(out, folder, loader):
     "200 epochs with history, metrics, validation, averaging, accumulation and checkpoints; what is held every 40 epochs."
     torch.set_num_threads(1)
+    mp.set_start_method(None, force=True)      # workers are started as in a process of one's own
     seen = []
     look = When(after_epoch=lambda t: t.epoch%40==0 and seen.append(held()))
     plan = dict(loader=loader, epochs=200, callbacks=[{'type': 'EMA', 'args': {'decay': 0.9}}], accumulate=2, metrics=['accuracy', 'f1_score'], save_period=0)

@@ -2,7 +2,7 @@
 
 A *plan* says what is trained (see `build`). A *death* is a pair of a moment and its number:
 
-- `before_batch`, `after_loss`, `after_backward`, `after_step`, `after_batch`: in the step of that number, counted over the run
+- `before_batch`, `after_loss`, `after_backward`, `after_step`, `after_batch`: in the step of that number, counted over the run, or the first after it in which that happens
 - `before_epoch`, `before_validate`, `after_validate`, `after_epoch`: in the epoch of that number; `after_epoch` is before anything is saved
 - `half`, `written`, `linked`, `replaced`: in the n-th checkpoint that this process writes: half of the file is there; all of it, without its name;
   under its first name only; under its name, before the folder is synced
@@ -59,12 +59,13 @@ def arrange(death):
         die = nth(rename, number, (lambda *_: None) if moment=='written' else None)
         os.replace = lambda a, b: die(a, b) if str(b).endswith('.pt') and Path(b).name=='last.pt' else rename(a, b)
     if moment=='interrupted': return When(after_backward=lambda t: t.steps+1==number and os.kill(os.getpid(), signal.SIGINT))
-    if moment in IN_STEP: return When(**{moment: lambda t: t.steps+(moment!='after_batch')==number and now()})
+    if moment in IN_STEP: return When(**{moment: lambda t: t.steps+(moment!='after_batch')>=number and now()})
     if moment in IN_EPOCH: return When(**{moment: lambda t: t.epoch==number and now()})
 
 def live(plan, folder, death, final):
     "The child: go on from `folder` as far as it comes; leave the last state in `final` if that is the end."
     torch.set_num_threads(1)
+    mp.set_start_method(None, force=True)      # workers are started as in a process of one's own, and end with it
     folder = Path(folder)
     extra = arrange(death) if death else None
     t = build(plan, folder, [extra] if extra else ())
