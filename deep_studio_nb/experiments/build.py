@@ -65,7 +65,7 @@ def build_model(
     with seeded(cfg['seed'], 'model'): return create_model(cfg['arch'], facts=facts)
 
 # %% ../../nbs/50_experiments/53_build.ipynb #cd8c70e4
-_OF_THE_RUN = 'type','args','save_dir','tensorboard','verbosity','threads'
+_OF_THE_RUN = 'type','args','save_dir','tensorboard','verbosity'
 
 def _make(kind, rules, args, *given, **more):
     "Make a trainer, or name the key that it does not take."
