@@ -38,16 +38,21 @@ class Turns:
 _at_work = WeakKeyDictionary() # thing -> `Turns` of the thread that works on it
 
 # %% ../../nbs/00_common/07c_turns.ipynb #384ef34f
+@patch(as_prop=True)
+def asked(self:Turns)->bool:
+    "Say whether somebody wants it to rest."
+    return not self.over and (self.paused or self._wanted>0)
+
 @patch
 def rest(self:Turns,
     tell:Callable[[],None]|None=None # Called once when it rests for a `pause`
 ):
     "Wait as long as others want it."
-    if not (self.paused or self._wanted): return
+    if not self.asked: return
     with self._changed:
         self.resting = True
         self._changed.notify_all()
-        while self.paused or self._wanted:
+        while self.asked:
             if self.paused and tell: tell,_ = None,tell()
             self._changed.wait()
         self.resting = False

@@ -60,7 +60,7 @@ def _run(self:Running):
         with self._turns.working(self.trainer.model), self._draws:
             try: self._work()
             except BaseException as e: self.error = e
-        if self.error: get_logger("training").error("The training in the background failed: %s", self._why)
+        if self.error and not self._displays: get_logger("training").error("The training in the background failed: %s", self._why)
         if self.status!="finished": self._say(f"{self.status}{f': {self._why}' if self.error else ''}", ended=True)
     finally:
         self._draws = None
@@ -124,7 +124,11 @@ def in_background(
 @patch
 def rest(self:Running):
     "Wait while it is paused; called by the training between two batches."
-    if self.alive: self._turns.rest(lambda: self._say("paused"))
+    if not self._turns.asked: return
+    began = perf_counter()
+    self._turns.rest(lambda: self._say("paused"))
+    if self.trainer.step: self.trainer._seconds -= perf_counter()-began
+    for o in self._displays: o.rested(perf_counter()-began)
 
 @patch
 def pause(self:Running)->Running:

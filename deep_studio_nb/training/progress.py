@@ -87,6 +87,11 @@ def say(self:Progress, trainer, note:str, ended:bool=False):
     if ended: self._view.done(trainer.history, note)
     else: self._view.now(now_line(trainer, note=note), trainer.history, self._steps)
 
+@patch
+def rested(self:Progress, seconds:float):
+    "Leave `seconds` out of the guess how long the rest will take."
+    self._began += seconds
+
 # %% ../../nbs/30_training/36_progress.ipynb #ccce0a02
 _log = get_logger("training")
 
