@@ -15,7 +15,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..common.devices import pick_device, using_threads
+from ..common.errors import RunError
 from ..common.logs import get_logger
+from ..common.processes import is_main
 from ..common.randomness import rng_state, seed_all, set_rng_state
 from .background import Running, in_background, refuse_second
 from .batches import begin_order, length_of, rest_of
@@ -26,11 +28,13 @@ from .metrics import build_metrics
 from .monitor import Monitor, check_given, pick_monitor
 from .optimizers import build_optimizer
 from .profiling import Profile
+from .parallel import find_peers, others_first
 from .progress import Progress, add_callback, all_callbacks
 from .resumable import Resumable
 from .run_checks import check_run, plain_values, take_folder, whole_number
 from .run_lines import broken_loss, early_line, epoch_line, stopped_line
 from .schedulers import build_scheduler
+from .sharded import shard_model
 from .stopping import stop_signals
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #2fe7ae95
@@ -62,12 +66,16 @@ class BaseTrainer(Resumable):
         progress:bool|Progress=True, # Show progress
         meta:dict|None=None, # Plain data to keep in every checkpoint
         log_step:int|None=None, # Log the loss every n steps
-        profile:bool=False # Watch some steps, and say where their time goes
+        profile:bool=False, # Watch some steps, and say where their time goes
+        strategy:str="auto" # In several processes: "ddp" copies the model to each, "fsdp" divides it; "auto" copies
     ):
         self.epochs,self.early_stop,self.save_period = whole_number("epochs", epochs, 1),whole_number("early_stop", early_stop, 0),whole_number("save_period", save_period, 0)
         self.threads = None if threads is None else whole_number("threads", threads, 1)
         self.device,self.seed,self.folder,self.meta = pick_device(device),seed,folder,meta or {}
+        self.peers = find_peers(strategy, self.device, getattr(self, "precision", "fp32"))
+        if self.peers is not None and not self.works_together: raise RunError(f"`{type(self).__name__}` trains in a way of its own, which a single process can do. If its `_train_epoch` takes batches from `_batches` and calls `_learn` and `_update` as `Trainer` does, write `works_together = True` into it.")
         self.model,self.train_loader,self.valid_loader = model.to(self.device),train_loader,valid_loader
+        if self.peers is not None and self.peers.divides: shard_model(self.model, self.device)
         self._take_scores(loss, metrics)
         self.history = History(monitor=pick_monitor(monitor, valid_loader is not None, early_stop))
         self.optimizer = build_optimizer(optimizer or "AdamW", self.model)
@@ -99,6 +107,11 @@ def _begin(self:BaseTrainer):
 def batches(self:BaseTrainer)->int|None:
     "Count the batches of an epoch; None if the loader does not know."
     return length_of(self.train_loader)
+
+@patch(as_prop=True)
+def loader(self:BaseTrainer)->Iterable:
+    "Give what this process trains on: the train loader, or its share of it."
+    return self.train_loader if self.peers is None else self.peers.share(self.train_loader)
 
 @patch(as_prop=True)
 def updates_per_epoch(self:BaseTrainer)->int|None:
@@ -135,7 +148,7 @@ def _prepare(self:BaseTrainer):
     self.check()
     if self.left: self._take_back()
     if not self.keeps_files: self.folder = None
-    if self.folder is not None and not self._claimed: self.folder,self._claimed = take_folder(self.folder, self._source),True
+    if self.folder is not None and not self._claimed: self.folder,self._claimed = take_folder(self.folder, self._source) if self.peers is None else self.peers.first(lambda: take_folder(self.folder, self._source)),True
     self._mend()
     self._settle()
 
@@ -185,14 +198,14 @@ def _wire(self:BaseTrainer):
 def _halted(self:BaseTrainer)->bool:
     "Say whether to stop here; asked after each batch. In the background this is where others have it rest."
     if self.apart is not None and self.model.training: self.apart.rest()
-    return self._stop
+    return self._stop if self.peers is None else self.peers.stop
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #4056375e
 @patch
 @contextmanager
 def _running(self:BaseTrainer)->Iterator[None]:
     "Keep the surroundings of a run in order: signals, random numbers, the first and last event."
-    self._handlers = handlers(order_callbacks(self.callbacks))
+    self._handlers = handlers(order_callbacks(o for o in self.callbacks if is_main() or not isinstance(o, Progress)))
     self._stop,self.stopped,self.epoch = False,False,min(len(self.history)+1, self.epochs)
     kept = rng_state()
     try:
@@ -201,6 +214,7 @@ def _running(self:BaseTrainer)->Iterator[None]:
             try:
                 self._wire()
                 with using_threads(self.threads): yield
+            except RuntimeError as e: raise others_first(e)
             finally: self._call("after_fit")
     finally: set_rng_state(kept)
 
@@ -231,8 +245,9 @@ def _run_epoch(self:BaseTrainer):
 @patch
 def _batches(self:BaseTrainer)->Iterator:
     "Give the batches of the epoch that are still to come."
-    batches = rest_of(self.train_loader, self.step, self._skipped)
-    if self._rng is not None: set_rng_state(self._rng)
+    batches = rest_of(self.loader, self.step, self._skipped)
+    if self.peers is not None: batches = self.peers.train_pass(self, batches)
+    elif self._rng is not None: set_rng_state(self._rng)
     self._rng,self._skipped = None,0
     yield from batches
 

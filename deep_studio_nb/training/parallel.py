@@ -156,6 +156,7 @@ def train_pass(self:Peers,
     batches:Iterator # This process's share of what is left of the epoch
 )->Iterator: # In step with the others
     "Go through the batches of an epoch."
+    self.look(trainer.model)
     first = next(batches, _END)
     if trainer._rng is not None: set_rng_state(trainer._rng)
     elif self.rank: seed_all(trainer.seed, "epoch", trainer.epoch, "rank", self.rank, "step", trainer.step)

@@ -14,11 +14,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..common.errors import RunError
 from ..common.logs import get_logger
+from ..common.processes import agreed, is_main
 from ..common.randomness import rng_state
 from .background import refuse_second
 from .checkpoints import find_checkpoint, load_checkpoint, weights_of
 from .run_state import restore_run, run_state
 from .saving import Saver
+from .sharded import spread
 
 # %% ../../nbs/30_training/37k_resumable.ipynb #f8ec7705
 def copied(
@@ -35,7 +37,7 @@ def put_weights(
     own = model.state_dict()
     with torch.no_grad():
         for k,v in weights.items():
-            if isinstance(v, Tensor): own[k].copy_(v)
+            if isinstance(v, Tensor): own[k].copy_(spread(v, own[k]))
 
 # %% ../../nbs/30_training/37k_resumable.ipynb #469e31a4
 @contextmanager
@@ -55,6 +57,8 @@ def swapped(
 class Resumable:
     "Keep the state of a run, in files and aside; a trainer derives from it."
     accumulate = 1      # batches that make one step of the optimizer
+    peers = None        # the other processes of the run, if there are any
+    works_together = False  # whether several processes can share the work
     apart = None        # the `Running` of the latest training in the background
     def _begin_keeping(self, on_save_error:str, restore_best:bool):
         self.saver,self.restore_best = Saver(on_save_error),bool(restore_best)
@@ -67,7 +71,7 @@ class Resumable:
 @patch
 def state_dict(self:Resumable)->dict: # Tensors and plain data
     "Gather everything that is needed to go on exactly."
-    return run_state(self)
+    return run_state(self) if self.peers is None else self.peers.state(run_state(self))
 
 @patch
 def raw_weights(self:Resumable)->dict[str,Tensor]: # By name
@@ -116,11 +120,21 @@ def ask_save(self:Resumable,
     self._asked.add(name)
 
 @patch
+def _write(self:Resumable, names:list[str], state:dict):
+    "Write a state, if this process is the one that writes."
+    if is_main(): self.saver.save(self.folder, names, state)
+
+@patch
+def _write_late(self:Resumable, state:dict):
+    "Write what could not be written before, if this process is the one that writes."
+    if is_main(): self.saver.settle(self.folder, lambda: state)
+
+@patch
 def _save_asked(self:Resumable, first:Iterable[str]=(), last:Iterable[str]=()):
     "Save the state under the names that were asked for, and those in `first` and `last`."
     names,self._asked = [*first, *sorted(self._asked), *last],set()
     if not names or self.folder is None: return
-    try: self.saver.save(self.folder, names, self.state_dict())
+    try: self._write(names, self.state_dict())
     except RunError:
         if self._rng is None: self._hold()
         raise
@@ -152,7 +166,9 @@ def _settle(self:Resumable):
     if self._unsaved:
         self._keep_best()
         self._save_epoch()
-    if self.folder is not None: self.saver.settle(self.folder, self.state_dict)
+    if self.folder is None: return
+    if self.peers is None: self.saver.settle(self.folder, self.state_dict)
+    elif agreed(self.saver.late or self.saver.aside is not None): self._write_late(self.state_dict())
 
 # %% ../../nbs/30_training/37k_resumable.ipynb #d2966004
 @patch
@@ -198,7 +214,7 @@ def _end_with_best(self:Resumable):
     "Give the model the weights of the best epoch, and keep those of the last."
     if not self.restore_best or self._last is not None or not self.history.rows: return
     best,last = self.history.best(),self.history.rows[-1]
-    weights = self.averaged() if best in (None, last) else self._weights_of_epoch(best["epoch"])
+    weights = self.averaged() if best in (None, last) else self._weights_of_epoch(best["epoch"]) if self.peers is None or self.best_weights else self.peers.first(lambda: self._weights_of_epoch(best["epoch"]))
     if weights is not None:
         self._last = copied(self.model.state_dict())
         put_weights(self.model, weights)

@@ -34,9 +34,9 @@ def _ways(trainer:Any)->dict:
 # %% ../../nbs/30_training/37d_run_state.ipynb #0e6abbd2
 def _draws(trainer:Any)->dict:
     "Take the random state and what belongs to the epoch at work."
-    if trainer.step: return {"rng": trainer._rng or rng_state(), "skipped": _skipped(trainer), "within": trainer._epoch_state(), "order": trainer._order}
+    if trainer.step: return {"rng": trainer._rng or rng_state(), "rngs": trainer.peers and trainer.peers.rngs(trainer._rng), "skipped": _skipped(trainer), "within": trainer._epoch_state(), "order": trainer._order}
     own = getattr(trainer.train_loader, "generator", None)
-    return {"rng": None, "skipped": 0, "within": None, "order": own.get_state() if own is not None else None}
+    return {"rng": None, "rngs": None, "skipped": 0, "within": None, "order": own.get_state() if own is not None else None}
 
 def _skipped(trainer:Any)->int:
     "Count the batches of the epoch that never came: as the loader says while it is at work, as was noted while the run rests."
@@ -77,7 +77,7 @@ def _load_place(trainer:Any, state:Mapping):
     trainer.history.rows = [dict(o) for o in state["history"]]
     trainer.seed,trainer.step,trainer.steps,trainer.updates,trainer.epoch = state["seed"],state["step"],state["steps"],state["updates"],len(trainer.history)
     trainer.micro,trainer.chosen,trainer.best_weights = state["micro"],state["speed"],state["best_weights"]
-    trainer._seconds,trainer._rng,trainer._skipped,trainer._order = state["seconds"],state["rng"],state["skipped"],state["order"]
+    trainer._seconds,trainer._rng,trainer._skipped,trainer._order = state["seconds"],state["rng"] if trainer.peers is None else trainer.peers.own_rng(state["rng"], state["rngs"]),state["skipped"],state["order"]
     own = getattr(trainer.train_loader, "generator", None)
     if own is not None and state["order"] is not None: own.set_state(state["order"])
     if trainer.step: trainer._load_epoch_state(state["within"])
@@ -90,6 +90,7 @@ def restore_run(
 ):
     "Put back the state of a run, so that `trainer` goes on from there."
     _check_place(trainer, state)
+    if trainer.peers is not None: state = trainer.peers.cut_state(state, trainer)
     load_model_state(trainer.model, state["model"])
     load_part("optimizer", trainer.optimizer, state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])

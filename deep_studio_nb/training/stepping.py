@@ -15,6 +15,7 @@ from ..common.logs import get_logger
 from .batches import begin_order, rest_of
 from .nan_guard import NanGuard, ids_of_batch, nan_error
 from .nets import net_of
+from .parallel import no_room
 from .passes import as_channels_last, casting, size_of
 from .run_checks import batch_error, check_first_batch
 from .run_state import run_state
@@ -27,6 +28,7 @@ class Stepping:
     clip_norm = clip_value = None                                       # longest gradient, largest entry of one
     on_nan = "stop"                                                     # before the weights change; or "warn"
     micro,scaler,guard,net = 1,None,None,None                           # parts of a batch, for fp16, what looks for NaN, what a step calls
+    peers = None                                                        # the other processes of the run, if there are any
 
     def _begin_steps(self):
         self.batch = self.preds = self.losses = self.values = None      # of the step at work
@@ -39,6 +41,7 @@ def _wire_steps(self:Stepping):
     "Get ready what the steps work with."
     if self.channels_last: self.model.to(memory_format=torch.channels_last)
     self.net = net_of(self.model, self.loss_fn, self.compile)               # batch -> predictions, losses, values
+    if self.peers is not None: self.net = self.peers.wire(self.model, self.net)
     self._cast = casting(self.device, self.precision)
     self.guard = NanGuard(self.optimizer, self.device, scaled=self.scaler is not None) if self.on_nan=="stop" else None
 
@@ -63,7 +66,7 @@ def _forward(self:Stepping):
 def _backward(self:Stepping, part:float=1.):
     "Add the gradients of the batch, or of that part of it, to those of its group."
     if self.guard is not None and not self.guard.loss_is_fine(self.loss): self._stop_at_nan("loss")
-    weight = part*share(self._sizes)
+    weight = share(self._sizes)*(part if self.peers is None else self.peers.share_of_loss)
     loss = self.loss if weight==1 else self.loss*weight
     if self.scaler is not None: loss = self.scaler.scale(loss)
     loss.backward()
@@ -73,10 +76,20 @@ def _backward(self:Stepping, part:float=1.):
 def _learn(self:Stepping):
     "Go forward and back through the batch, in as many parts as memory asks for."
     self._sizes.append(size_of(self.batch) or 1)
+    if self.peers is not None: return self._learn_together()
     earlier,before = taken_grads(self.optimizer) if len(self._sizes)>1 else [],self.micro
     while (said := self._tried()) is not None: self._cut(said)
     add_grads(earlier)
     if self.micro>before: get_logger("training").warning(_CUT, self._sizes[-1], self.steps+1, self.micro)
+    if self.guard is not None and not self.guard.gradients_are_fine(grads_of(self.optimizer)): self._stop_at_nan("gradient")
+
+@patch
+def _learn_together(self:Stepping):
+    "Go forward and back through this process's share of the batch."
+    self._sizes[-1] = self.peers.size
+    self.peers.closes = self._is_full()
+    try: self._pass()
+    except (RuntimeError, MemoryError) as e: raise no_room(e, self.peers.size, self.peers.world) if is_out_of_memory(e) else e
     if self.guard is not None and not self.guard.gradients_are_fine(grads_of(self.optimizer)): self._stop_at_nan("gradient")
 
 @patch
@@ -145,6 +158,7 @@ def _update(self:Stepping)->bool: # Whether they moved
 @patch
 def _ready_gradients(self:Stepping):
     "Make the sum over the group a mean, and bound it."
+    if self.peers is not None and not self.peers.closes: self.peers.exchange(self.model)
     if self.scaler is not None: self.scaler.unscale_(self.optimizer)
     if len(self._sizes)>1: scale_gradients(grads_of(self.optimizer), group_factor(self._sizes))
     if self.clip_norm or self.clip_value: clip_gradients(self.optimizer, self.clip_norm, self.clip_value)
@@ -178,7 +192,7 @@ def _stop_at_nan(self:Stepping, what:str):
 def _fetch(self:Stepping, step:int):
     "Fetch a batch of the epoch at work once more, and score it."
     begin_order(self.train_loader, self.epoch, self._order)
-    self.batch = self._placed(next(rest_of(self.train_loader, step)))
+    self.batch = self._placed(next(rest_of(self.loader, step)))
     with torch.no_grad(), self._cast: self.preds,self.losses,_ = self.net(self.batch)
 
 # %% ../../nbs/30_training/37m_stepping.ipynb #ca1b9c04
@@ -193,13 +207,15 @@ def _surely_fine(self:Stepping):
 def state_dict(self:Stepping)->dict: # Tensors and plain data
     "Gather everything that is needed to go on exactly."
     self._surely_fine()
-    return run_state(self)
+    return run_state(self) if self.peers is None else self.peers.state(run_state(self))
 
 # %% ../../nbs/30_training/37m_stepping.ipynb #d7ffb24e
 @patch
 def _grads_state(self:Stepping)->dict|None:
     "Keep the gradients of a group that is not yet full."
-    return {"sizes": [*self._sizes], "grads": {k: p.grad for k,p in self.model.named_parameters() if p.grad is not None}} if self._sizes else None
+    if not self._sizes: return None
+    grads = {k: p.grad for k,p in self.model.named_parameters() if p.grad is not None}
+    return {"sizes": [*self._sizes], "grads": grads if self.peers is None else self.peers.mean_grads(grads)}
 
 @patch
 def _load_grads_state(self:Stepping, state:dict|None):

@@ -11,6 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..common.errors import ConfigError, DataError
+from ..common.processes import is_main
 from ..common.randomness import seed_all
 from ..common.registry import TRAINERS
 from ..common.types import Metrics
@@ -53,6 +54,11 @@ class Trainer(Stepping, BaseTrainer):
         if fast_dev_run: self.keeps_files,kwargs = False,kwargs | {"epochs": 1}
         super().__init__(model, train_loader, valid_loader, **kwargs)
 
+    @property
+    def works_together(self)->bool:
+        "Say whether several processes can share its work: as long as nobody has written another loop."
+        return type(self)._train_epoch is Trainer._train_epoch
+
     def _begin(self):
         super()._begin()
         self._begin_steps()
@@ -87,8 +93,9 @@ def _train_epoch(self:Trainer, epoch:int)->dict|None:
         if self._is_full() and self._update(): self._call("after_step")
         self._count()
         self._call("after_batch")
-        if self._asked: self._save_asked()
+        if self._asked and self.peers is None: self._save_asked()      # several processes save before their next step
         if self._halted(): return None
+    if self._halted(): return None
     if self._sizes and self._update(): self._call("after_step")
     return self._results(epoch)
 
@@ -97,10 +104,10 @@ def _train_epoch(self:Trainer, epoch:int)->dict|None:
 def _count(self:Trainer):
     "Add the batch to the sums of the epoch."
     preds = self.preds if self.precision=="fp32" else in_full(self.preds)
-    self.meter.add(self.losses, preds, target_of(self.batch), size_of(self.batch), self.values)
+    if self.peers is None or self.peers.mine: self.meter.add(self.losses, preds, target_of(self.batch), size_of(self.batch), self.values)
     self.step += 1
     self.steps += 1
-    if self.steps==1: self._check_names()
+    if self.steps==1 and is_main(): self._check_names()
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #5b72bc1f
 @patch
@@ -110,7 +117,7 @@ def _results(self:Trainer, epoch:int)->dict|None:
     self._surely_fine()
     if self.loss is not None: self.loss = self.loss.detach()
     self.batch = self.preds = self.losses = self.values = None
-    values,valid = self.meter.compute(),self._valid_epoch(epoch)
+    values,valid = self._computed(self.meter),self._valid_epoch(epoch)
     return None if valid is None else {**values, **valid}
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #5f2e8cb3
@@ -134,10 +141,16 @@ def _valid_epoch(self:Trainer,
 def _valid_values(self:Trainer)->Metrics|None: # Empty without batches; None if stopped in between
     "Score the model on the valid split."
     meter = Meter(self.metrics)
-    for preds,target,losses,values in evaluated(self.model, self.valid_loader, self.loss_fn, self.device, precision=self.precision):
-        meter.add(losses, preds, target, _items(target, preds), values)
+    loader = self.valid_loader if self.peers is None else self.peers.valid_pass(self, self.valid_loader)
+    for preds,target,losses,values in evaluated(self.model, loader, self.loss_fn, self.device, precision=self.precision):
+        if self.peers is None or self.peers.mine: meter.add(losses, preds, target, _items(target, preds), values)
         if self._halted(): return None
-    return meter.compute()
+    return None if self._halted() else self._computed(meter)
+
+@patch
+def _computed(self:Trainer, meter:Meter)->Metrics:
+    "Compute the values over the samples of all processes."
+    return meter.compute() if self.peers is None else self.peers.values(meter, self.metrics)
 
 def _items(target, preds)->int|None:
     "Count the items of a batch by its targets or predictions."
@@ -163,12 +176,13 @@ def _check_names(self:Trainer):
 @patch
 def _epoch_state(self:Trainer)->dict:
     "Keep the sums of the epoch."
-    return self.meter.state_dict()
+    return (self.meter if self.peers is None else self.peers.merged(self.meter, self.metrics)).state_dict()
 
 @patch
 def _load_epoch_state(self:Trainer, state:dict):
-    "Put the sums of the epoch back."
-    self.meter.load_state_dict(state)
+    "Put the sums of the epoch back; those of several processes were put together, and are the first one's."
+    if is_main(): self.meter.load_state_dict(state)
+    else: self.meter.reset()
 
 # %% ../../nbs/30_training/38a_trainer.ipynb #4ba5cca0
 def validate(
