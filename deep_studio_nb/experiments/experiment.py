@@ -32,6 +32,7 @@ from .trackers import Trackers
 from ..training.background import Running, in_background, refuse_second
 from ..training.base_trainer import BaseTrainer
 from ..training.checkpoints import load_checkpoint, weights_of
+from ..training.few_batches import FewBatches
 from ..training.history import History
 from ..training.resumable import swapped
 
@@ -139,6 +140,7 @@ def fit(self:Experiment,
 ) -> History|Running: # One row an epoch; or the training at work, to pause, stop or await
     "Train into a run folder, and score the best weights; after a stop, go on where it stopped."
     _refuse_second()
+    if not getattr(self.trainer, 'keeps_files', True): return self._try_out()
     if self.folder and not self.trainer.left and self.folder.status()=='finished': raise RunError(train_longer(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
     level = self.cfg['trainer'].get('verbosity', 1)
     with using_threads(self.cfg.get('trainer.threads')), logging_to(None, level), records_kept() as said: self._begin()
@@ -211,6 +213,16 @@ def _check_untouched(self:Experiment):
     seen,self._seen = self._seen,None
     if seen and self.folder.read()['updated']!=seen:
         raise RunError(f'`{near_path(self.folder.path)}` has changed since it was loaded. Resume it once more.')
+
+# %% ../../nbs/50_experiments/54_experiment.ipynb #fe8babe7
+@patch
+def _try_out(self:Experiment) -> History:
+    "Take two batches of everything, and keep nothing."
+    with using_threads(self.cfg.get('trainer.threads')): self.trainer.train()
+    if 'test' in self.data.there():
+        ev = evaluate(self.model, FewBatches(self.data.in_order('test'), 2), self.trainer.loss_fn, self.trainer.metrics, self.device, task=self.data.facts.get('task'))
+        get_logger('run').info('test: %s', ev.metrics)
+    return self.trainer.history
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #854e79c8
 @patch
@@ -311,4 +323,6 @@ def _done_line(run):
 @patch
 def summary(self:Experiment) -> str: # Some lines for people
     "Say what came of the run, where everything is, and what to type next."
-    return run_summary(self.folder) if self.folder else f'{self.cfg["name"]}: not trained yet. Call fit().'
+    if self.folder: return run_summary(self.folder)
+    tried = len(self.trainer.history) and not self.trainer.keeps_files
+    return f'{self.cfg["name"]}: ' + ('two batches of everything ran through; nothing was kept.' if tried else 'not trained yet. Call fit().')
