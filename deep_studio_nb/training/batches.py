@@ -62,8 +62,8 @@ def rest_of(
 
 # %% ../../nbs/30_training/37b_batches.ipynb #0cdb9773
 def _movers(loader:Any)->list[Any]:
-    "The loader and its samplers: whatever decides which batch comes next."
-    names = ("sampler", "batch_sampler", "generator")
+    "The loader, what is within it, and the samplers: whatever decides which batch comes next."
+    names = ("sampler", "batch_sampler", "generator", "loader")   # a loader may stand within another
     found,left = [],[loader]
     while left:
         o = left.pop()
@@ -81,7 +81,8 @@ def undisturbed(
     movers,draws = _movers(loader),rng_state()
     states = [(o, o.get_state()) for o in movers if isinstance(o, Generator)]
     kept = [(vars(o), dict(vars(o))) for o in movers if hasattr(o, "__dict__")]
-    if isinstance(loader, DataLoader): loader._iterator = None
+    for o in movers:
+        if isinstance(o, DataLoader): o._iterator = None
     try: yield loader
     finally:
         for now,before in kept:

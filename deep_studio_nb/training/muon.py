@@ -58,7 +58,9 @@ class Muon(Optimizer):
     ):
         if not 0<=momentum<1: raise ConfigError(f"`momentum` is {momentum}, wanted a share, 0 to 1.")
         other = AdamW([nn.Parameter(torch.zeros(0))], lr, betas, eps, weight_decay, fused=fused)
-        super().__init__(_divided(params), other.defaults | dict(momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, muon=False))
+        groups = _divided(params)
+        if not any(g.get('muon') for g in groups): raise ConfigError("None of these parameters is a matrix between a first and a last layer, so there is nothing for `Muon` to do. Use `AdamW`, or name some with `groups: {pattern: {muon: true}}`.")
+        super().__init__(groups, other.defaults | dict(momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, muon=False))
 
 def _divided(params:Iterable)->list[dict]:
     "Groups in which all are matrices for Muon, or none is."
@@ -74,8 +76,7 @@ def param_settings(cls:Muon,
 )->dict[str,dict]: # Settings by the name of a parameter
     "Say which parameters of `model` are matrices for Muon."
     hidden = set(hidden_matrices(model))
-    if hidden: return {k: {'muon': k in hidden} for k,_ in model.named_parameters()}
-    raise ConfigError(f"`{type(model).__name__}` has no hidden matrix, only a first and a last layer, so there is nothing for `Muon` to do. Use `AdamW`.")
+    return {k: {'muon': k in hidden} for k,_ in model.named_parameters()}
 
 # %% ../../nbs/30_training/32a_muon.ipynb #fb6c1bd3
 @patch
