@@ -423,3 +423,14 @@ def test_all_metrics_are_known_on_both_splits_of_a_training():
     with torch.no_grad(): preds = torch.cat([run.model.eval()(x) for x,_ in valid])
     target = torch.cat([y for _,y in valid])
     assert row['val_auroc'] == pytest.approx(sk.roc_auc_score(target, (preds[:,1]-preds[:,0])), abs=1e-5)
+
+
+def test_states_from_a_file_go_to_the_device_of_the_metric():
+    preds,target = class_data()
+    saved = over(Meter(named(TORCHMETRICS), facts={'num_classes':K}), preds, target, CUTS[1]).state_dict()
+    away = Meter(named(TORCHMETRICS), facts={'num_classes':K})
+    for o in away.metrics.values(): o.metric.to('meta')
+    away.load_state_dict(saved)
+    for o in away.metrics.values():
+        states = [x for s in o.metric.metric.metric_state.values() for x in (s if isinstance(s, list) else [s])]
+        assert states and all(x.device.type=='meta' for x in states)

@@ -95,7 +95,11 @@ def add(self:RunningFunction,
 @patch
 def value(self:RunningFunction)->float: # nan without items
     "The metric over all items so far."
-    return float(self.fn(torch.cat(self.preds), torch.cat(self.target))) if self.preds else self.mean.value()
+    return float(self.fn(_laid(self.preds), _laid(self.target))) if self.preds else self.mean.value()
+
+def _laid(parts:list[Tensor])->Tensor:
+    "Lay `parts` end to end, on the device of the latest: those before may have come from a file."
+    return torch.cat([o.to(parts[-1].device) for o in parts])
 
 # %% ../../nbs/30_training/31a_running.ipynb #45878c18
 class RunningObject:
@@ -157,6 +161,7 @@ def load_state_dict(self:RunningMean|RunningFunction|RunningObject,
         o,v = getattr(self, k),state[k]
         if hasattr(o, 'load_state_dict'): o.load_state_dict(v)
         else: setattr(self, k, list(v) if isinstance(v, list) else v)
+        if hasattr(o, 'device') and hasattr(o, 'to'): o.to(o.device)                                        # the state may have come from a file
         for part in _inner(o).values(): part._update_count,part._computed = 1,None  # else `compute` warns that nothing came in, or gives what it gave before
 
 # %% ../../nbs/30_training/31a_running.ipynb #9836880e
