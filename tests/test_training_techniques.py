@@ -8,7 +8,7 @@ from deep_studio_nb.common.errors import ConfigError
 from deep_studio_nb.data.loaders import BaseDataLoader
 from deep_studio_nb.training.averaging import EMA, SWA, averageable
 from deep_studio_nb.training.callbacks import StopAfter
-from deep_studio_nb.training.checkpoints import load_checkpoint, load_model_state, weights_of
+from deep_studio_nb.training.checkpoints import load_checkpoint, load_model_state, weights_for_use
 from deep_studio_nb.training.events import When
 from deep_studio_nb.training.freezing import Freeze, checksums
 from deep_studio_nb.training.keeping import KeepBest, KeepEvery
@@ -102,7 +102,7 @@ def test_averaged_weights_are_what_is_scored_saved_and_used(tmp_path, make):
     state = load_checkpoint(tmp_path/'best_model.pt')
     best = t.history.best()
     assert same({k: v for k,v in state['averaged'].items()}, {k: t.model.state_dict()[k] for k in averageable(t.model)})     # the run ended with the best
-    net = load_model_state(Net(), weights_of(state))
+    net = load_model_state(Net(), weights_for_use(state))
     assert validate(net, t.valid_loader, 'cross_entropy')['loss']==pytest.approx(best['val_loss'], abs=1e-7)
     raw = load_model_state(Net(), state['model'])
     assert validate(raw, t.valid_loader, 'cross_entropy')['loss']!=pytest.approx(best['val_loss'], abs=1e-7)
@@ -176,7 +176,7 @@ def test_frozen_parts_keep_their_bits_through_all_else(tmp_path):
     kept = checksums({k: v for k,v in trainer().model.state_dict().items() if k.startswith('body.')})
     t = trainer(Freeze('body'), EMA(0.9), Mixup(), folder=tmp_path, optimizer={'type': 'AdamW', 'args': {'lr': 0.01, 'weight_decay': 0.5}})
     t.train()
-    for state in (t.model.state_dict(), weights_of(load_checkpoint(tmp_path/'last.pt')), load_checkpoint(tmp_path/'last.pt')['model']):
+    for state in (t.model.state_dict(), weights_for_use(load_checkpoint(tmp_path/'last.pt')), load_checkpoint(tmp_path/'last.pt')['model']):
         assert checksums({k: v for k,v in state.items() if k.startswith('body.')})==kept
 
 def test_profile_of_a_run(tmp_path, caplog):
@@ -190,3 +190,9 @@ def test_profile_of_a_run(tmp_path, caplog):
 
 def test_two_averages_are_refused():
     with pytest.raises(ConfigError, match='both average'): trainer(EMA(), SWA()).train()
+
+def test_profile_is_a_switch(tmp_path):
+    t = trainer(profile=True, folder=tmp_path/'run'/'checkpoints')
+    t.train()
+    assert t.callbacks[0].rows and (tmp_path/'run'/'profile'/'trace.json.gz').is_file()
+    assert len([o for o in trainer(Profile(3), profile=True).callbacks if isinstance(o, Profile)])==1

@@ -31,7 +31,7 @@ from .summary import near_path, run_summary
 from .trackers import Trackers
 from ..training.background import Running, in_background, refuse_second
 from ..training.base_trainer import BaseTrainer
-from ..training.checkpoints import load_checkpoint, weights_of
+from ..training.checkpoints import load_checkpoint, weights_for_use
 from ..training.few_batches import FewBatches
 from ..training.history import History
 from ..training.resumable import swapped
@@ -242,7 +242,7 @@ def _score(self:Experiment):
     split = next((o for o in ('test','valid') if o in self.data.there()), None)
     if split is None: return
     best = self.folder.path/'checkpoints'/'best_model.pt'
-    lent = None if self.trainer.restore_best or not best.exists() else weights_of(load_checkpoint(best, self.device))
+    lent = None if self.trainer.restore_best or not best.exists() else weights_for_use(load_checkpoint(best, self.device))
     with swapped(self.model, lent): ev = self.evaluate(split)
     ev.save_csv(self.folder.file('predictions',f'{split}.csv'))
     self._draw(ev)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'save_checkpoint', 'load_checkpoint', 'link_checkpoint', 'find_checkpoint', 'own_folder',
-           'weights_of', 'load_model_state', 'pack_part', 'load_part']
+           'weights_for_use', 'load_model_state', 'pack_part', 'load_part']
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #fdf99069
 import os
@@ -150,7 +150,7 @@ def _clear_drafts(folder:Path):
             with suppress(OSError): o.unlink()
 
 # %% ../../nbs/30_training/37_checkpoints.ipynb #cc61e345
-def weights_of(
+def weights_for_use(
     state:Mapping # As `load_checkpoint` returned it
 )->dict[str,Tensor]: # By name, as `load_model_state` takes them
     "Pick the weights of a checkpoint that are meant for use: averaged where there is an average."

@@ -17,7 +17,7 @@ from ..common.logs import get_logger
 from ..common.processes import agreed, is_main
 from ..common.randomness import rng_state
 from .background import refuse_second
-from .checkpoints import find_checkpoint, load_checkpoint, weights_of
+from .checkpoints import find_checkpoint, load_checkpoint, weights_for_use
 from .run_state import restore_run, run_state
 from .saving import Saver
 from .sharded import spread
@@ -197,16 +197,16 @@ def _keep_best(self:Resumable):
     "Copy the weights of an epoch that is the best so far, if no file keeps them."
     if not self.improved: return
     self.best_weights = None
-    if self.restore_best and self.folder is None: self.best_weights = {"epoch": self.epoch, "weights": copied(weights_of({"model": self.model.state_dict(), "averaged": self.averaged()}))}
+    if self.restore_best and self.folder is None: self.best_weights = {"epoch": self.epoch, "weights": copied(weights_for_use({"model": self.model.state_dict(), "averaged": self.averaged()}))}
 
 @patch
 def _weights_of_epoch(self:Resumable, epoch:int)->dict[str,Tensor]|None: # None if they are nowhere
     "Find the weights for use of an epoch that was the best."
     if self.best_weights and self.best_weights["epoch"]==epoch: return self.best_weights["weights"]
-    if self.saver.aside and self.saver.aside["epoch"]==epoch: return weights_of(self.saver.aside)
+    if self.saver.aside and self.saver.aside["epoch"]==epoch: return weights_for_use(self.saver.aside)
     folders = [o for o in (self.folder, self._source and Path(self._source).parent) if o]
     for file in (Path(o)/"best_model.pt" for o in folders):
-        if file.is_file() and (state := load_checkpoint(file, self.device))["epoch"]==epoch: return weights_of(state)
+        if file.is_file() and (state := load_checkpoint(file, self.device))["epoch"]==epoch: return weights_for_use(state)
 
 # %% ../../nbs/30_training/37k_resumable.ipynb #cdfd69cf
 @patch

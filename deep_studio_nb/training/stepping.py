@@ -19,7 +19,7 @@ from .parallel import no_room
 from .passes import as_channels_last, casting, size_of
 from .run_checks import batch_error, check_first_batch
 from .run_state import run_state
-from .steps import add_grads, clip_gradients, grads_of, group_factor, joined, make_scaler, parts_of, scale_gradients, share, taken_grads
+from .steps import add_grads, clip_gradients, grads_of, group_factor, joined_parts, make_scaler, parts_of, scale_gradients, share, taken_grads
 
 # %% ../../nbs/30_training/37m_stepping.ipynb #de9ed190
 class Stepping:
@@ -131,9 +131,9 @@ def _pass_in_parts(self:Stepping):
         self._forward()
         self._call("after_loss")
         self._backward(n/sum(sizes))
-        outs.append(joined([(self.preds, self.losses, self.values)], [n]))
+        outs.append(joined_parts([(self.preds, self.losses, self.values)], [n]))
     self.batch = whole
-    self.preds,self.losses,self.values = joined(outs, sizes)
+    self.preds,self.losses,self.values = joined_parts(outs, sizes)
     self.loss = self.losses.total
 
 # %% ../../nbs/30_training/37m_stepping.ipynb #ba312288

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['share', 'group_factor', 'grads_of', 'scale_gradients', 'taken_grads', 'add_grads', 'clip_gradients', 'make_scaler',
-           'parts_of', 'joined']
+           'parts_of', 'joined_parts']
 
 # %% ../../nbs/30_training/37e_steps.ipynb #25a38550
 from collections.abc import Iterable, Mapping
@@ -102,7 +102,7 @@ def _some(o:Any, n:int, a:int, b:int)->Any:
     return o
 
 # %% ../../nbs/30_training/37e_steps.ipynb #b5c65dcd
-def joined(
+def joined_parts(
     outs:list[tuple[Any,Loss,Metrics]], # What the pass of each part gave
     sizes:list[int] # Samples in each
 )->tuple[Any,Loss,Metrics]: # As if it had been one pass
