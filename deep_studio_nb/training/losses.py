@@ -6,7 +6,7 @@
 __all__ = ['build_loss', 'plain_loss', 'loss_name', 'loss_option', 'LossSum']
 
 # %% ../../nbs/30_training/30e_losses.ipynb #d10198be
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 import torch
 import torch.nn.functional as F
@@ -104,5 +104,9 @@ class LossSum(nn.Module):
             if k=='loss' or [n for n,_,_ in entries].count(k)>1: raise ConfigError(f"A loss of the sum cannot be called `{k}`: " + ("that is the total." if k=='loss' else "two are. Give them names: {type: ..., name: ...}."))
         self.modules_of_parts = nn.ModuleList(o for o in self.parts.values() if isinstance(o, nn.Module))
 
-    def forward(self, preds:Tensor, target:Tensor)->Loss:
+    def forward(self,
+        preds:Tensor, # (b, ...) as all the parts take them
+        target:Tensor # (b, ...)
+    )->Loss: # Each part by its name
+        "Compute all parts."
         return Loss({k:o(preds, target) for k,o in self.parts.items()}, self.weights)

@@ -66,11 +66,24 @@ class Prepared(nn.Module):
             raise DataError(f"`{type(self.metric).__name__}` cannot take predictions of shape {tuple(preds.shape)} and targets of shape {tuple(target.shape)}: {e}") from e
         self.metric.validate_args = False
 
-    def compute(self)->object: return self.metric.compute()
-    def reset(self)->None: self.metric.reset()
-    def persistent(self, mode:bool=True)->None: self.metric.persistent(mode)
+    def compute(self)->object: # A number, a (k,) tensor or a dict
+        "The metric over all items so far."
+        return self.metric.compute()
+
+    def reset(self)->None:
+        "Forget all items."
+        self.metric.reset()
+
+    def persistent(self,
+        mode:bool=True # Whether the sums are part of the state
+    )->None:
+        "Keep the sums in the state."
+        self.metric.persistent(mode)
+
     @property
-    def device(self)->torch.device: return self.metric.device
+    def device(self)->torch.device:
+        "Where the sums are."
+        return self.metric.device
 
 # %% ../../nbs/30_training/31_torch_metrics.ipynb #3635643e
 _PREPARE = dict(Binary=_of_yes_no, Multiclass=_of_classes, Multilabel=_of_labels)
