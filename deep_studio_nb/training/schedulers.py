@@ -156,7 +156,8 @@ def _joined(kind:type, args:dict, optimizer:Optimizer, span:_Span)->LRScheduler:
     return _sequence(optimizer, [(o, _stretch(span, b-a)) for o,a,b in zip(specs, [0,*ends], ends)], marks)
 
 def _stretch(span:_Span, n:int)->_Span:
-    "A part of `span`, `n` steps or epochs long."
+    "A part of `span`, `n` steps or epochs long; at least one, as a part may lie behind the end of a short run."
+    n = max(n, 1)
     if not span.per_batch: return span._replace(epochs=n, steps=n*span.per_epoch)
     return span._replace(epochs=n//span.per_epoch if span.per_epoch else span.epochs, steps=n)
 
@@ -241,7 +242,7 @@ def _warm_steps(args:dict, epochs:int, per_epoch:int)->int:
     if in_epochs is not None and steps is not None: raise ConfigError("`warmup_epochs` and `warmup_steps` are both given. Leave out one.")
     if in_epochs and not per_epoch: raise ConfigError("`warmup_epochs` needs a train loader that knows its length. Give `warmup_steps`.")
     steps = round(in_epochs*per_epoch) if in_epochs is not None else steps or 0
-    if steps and per_epoch and steps>=epochs*per_epoch: raise ConfigError(f"The warm-up takes {steps} steps, but the run has {epochs*per_epoch} in all. Make it shorter.")
+    if steps and per_epoch and steps>=epochs*per_epoch: _log.warning("The warm-up takes %s steps, but the run has %s in all, so it never reaches the full rate. Make `warmup_steps` or `warmup_epochs` smaller.", steps, epochs*per_epoch)
     return steps
 
 # %% ../../nbs/30_training/33_schedulers.ipynb #39999d1d
@@ -266,7 +267,7 @@ def _described(spec:str|Mapping|type, optimizer:Optimizer, epochs:int, per_epoch
     name,args = _named(spec)
     share,per,warm = _number(args, 'warmup_from', 0, 1),args.pop('per', None),_warm_steps(args, epochs, per_epoch)
     plain = spec if isinstance(spec, type) else {'type': name, 'args': args}
-    span = _Span(epochs - (warm//per_epoch if per_epoch else 0), max(epochs*per_epoch-warm, 0), per_epoch, _takes_steps(plain, per), mode)
+    span = _Span(max(epochs - (warm//per_epoch if per_epoch else 0), 1), max(epochs*per_epoch-warm, min(per_epoch, 1)), per_epoch, _takes_steps(plain, per), mode)
     made = _make(plain, optimizer, span)
     return Schedule(made, span.per_batch if per or _parts(made) else None, warm, 0.01 if share is None else share)
 
