@@ -19,9 +19,15 @@ from .errors import ConfigError, did_you_mean, listed
 _log = logging.getLogger(__name__)
 _KINDS = ('auto', 'cpu', 'cuda', 'mps')
 
+def _own(count:int)->int:
+    "Tell which of `count` GPUs is this process's: the first, or for one of several processes on a machine that of its number."
+    mine = int(os.environ.get('LOCAL_RANK', 0))
+    if mine>=count: raise ConfigError(f"There are {os.environ.get('LOCAL_WORLD_SIZE', mine+1)} processes on this machine, but {count} GPU{'s'*(count!=1)}. Start one process a GPU (`--nproc {count}`), or train on the CPU (`--device cpu`).")
+    return mine
+
 def _best()->torch.device:
     "Find the fastest kind of device on this machine."
-    if torch.cuda.is_available(): return torch.device('cuda', 0)
+    if torch.cuda.is_available(): return torch.device('cuda', _own(torch.cuda.device_count()))
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 def _named(want:str)->torch.device:
@@ -33,7 +39,7 @@ def _named(want:str)->torch.device:
     count = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[kind]
     if not count: raise ConfigError(f"`{want}` was asked for, but this machine has none that PyTorch {torch.__version__} can use. Take `auto` or `cpu`.")
     if int(index or 0)>=count: raise ConfigError(f"`{want}` was asked for, but there are {count}: `{kind}:0` to `{kind}:{count-1}`.")
-    return torch.device(kind) if kind!='cuda' else torch.device(kind, int(index or 0))
+    return torch.device(kind) if kind!='cuda' else torch.device(kind, int(index or _own(count)))
 
 # %% ../../nbs/00_common/08_devices.ipynb #057efe2d
 def pick_device(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['launched', 'local_rank', 'local_world', 'started', 'rank', 'world', 'is_main', 'begin', 'end', 'start_processes',
-           'in_processes', 'gathered', 'agreed', 'all_sum', 'any_of', 'is_lost', 'first_to_tell']
+           'in_processes', 'gathered', 'agreed', 'all_sum', 'any_of', 'PeerLost', 'is_lost', 'first_to_tell', 'tell',
+           'others_first']
 
 # %% ../../nbs/00_common/08a_processes.ipynb #2d2aaa18
 import faulthandler, logging, os, secrets, signal, sys, threading
@@ -50,29 +51,17 @@ def is_main()->bool: # True for a process that is alone
     "Tell whether this process is the one that writes files and talks to people."
     return rank()==0
 
-# %% ../../nbs/00_common/08a_processes.ipynb #0238ab84
-def _backend(kind:str)->str:
-    "Name what carries the messages of processes that compute on devices of `kind`."
-    return 'cpu:gloo,cuda:nccl' if kind=='cuda' else 'gloo'
-
-def _check_gpu():
-    "Refuse to let two processes share a GPU, which NCCL cannot."
-    import torch
-    if local_rank()<torch.cuda.device_count(): return
-    raise RunError(f"There are {local_world()} processes on this machine, but {torch.cuda.device_count()} GPU{'s'*(torch.cuda.device_count()!=1)}. Start one process a GPU (`--nproc {torch.cuda.device_count()}`), or train on the CPU (`--device cpu`).")
-
-# %% ../../nbs/00_common/08a_processes.ipynb #ccd5d9bf
+# %% ../../nbs/00_common/08a_processes.ipynb #19257f67
 def begin(
-    device:Any='cpu', # What this process computes on: "cpu", "cuda", or a `torch.device`
     minutes:float|None=None # How long the others are waited for, at the start and in each exchange; None for what torch does
 )->bool: # Whether there are others
     "Join the processes that were started with this one; nothing happens if there are none, or if they are joined."
     if started() or not launched(): return started()
+    import torch
     import torch.distributed as dist
     if not dist.is_available(): raise RunError('This build of PyTorch cannot join processes (`torch.distributed` is missing). Start a single one, or install another build.')
-    kind = str(device).partition(':')[0]
-    if kind=='cuda': _check_gpu()
-    try: dist.init_process_group(_backend(kind), timeout=minutes and timedelta(minutes=minutes))
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() and dist.is_nccl_available() else 'gloo'
+    try: dist.init_process_group(backend, timeout=minutes and timedelta(minutes=minutes))
     except (RuntimeError,ValueError) as e: raise RunError(_not_joined(e)) from e
     return started()
 
@@ -198,19 +187,44 @@ def _control()->Any:
     return _companions[dist.group.WORLD]
 
 # %% ../../nbs/00_common/08a_processes.ipynb #53a0314a
+class PeerLost(RunError):
+    "Report that another process of the run is gone."
+
 _SIGNS = 'Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'gloo/transport', 'NCCL communicator was aborted', 'remote process exited', 'ncclRemoteError', 'DistBackendError', 'Connection was likely closed', 'Socket Timeout'
 
 def is_lost(
     e:BaseException # What a process has stumbled over
 )->bool: # False for an error of its own
     "Tell whether `e` only says that another process is gone."
-    return launched() and any(o in f'{type(e).__name__}: {e}' for o in _SIGNS)
+    return isinstance(e, PeerLost) or launched() and any(o in f'{type(e).__name__}: {e}' for o in _SIGNS)
 
-# %% ../../nbs/00_common/08a_processes.ipynb #2b1e8638
+# %% ../../nbs/00_common/08a_processes.ipynb #8a7d8211
 def first_to_tell(
     what:str='error' # What is to be told once
 )->bool: # True for a process that is alone
     "Tell whether no other process of the run has asked this before."
     if not started(): return True
-    try: return _group().distributed_c10d._get_default_store().add(f'deep_studio_nb/{what}', 1)==1
+    try: return _store().add(f'deep_studio_nb/{what}', 1)==1
     except RuntimeError: return True   # the process that kept the store is gone
+
+def _store()->Any:
+    "Return the store through which the processes found each other."
+    return _group().distributed_c10d._get_default_store()
+
+# %% ../../nbs/00_common/08a_processes.ipynb #13cbf777
+def tell(
+    text:str # Why this process ends
+):
+    "Leave word for the other processes; the first word stays."
+    try:
+        if started() and not _store().check(['deep_studio_nb/word']): _store().set('deep_studio_nb/word', text)
+    except RuntimeError: return   # the process that kept the store is gone
+
+def others_first(
+    e:Exception # What this process has stumbled over
+)->Exception: # To be raised
+    "Say in words that another process is gone, if that is what an error means."
+    if not is_lost(e) or isinstance(e, PeerLost): return e
+    try: word = _store().get('deep_studio_nb/word').decode() if started() and _store().check(['deep_studio_nb/word']) else None
+    except RuntimeError: word = None
+    return PeerLost(f'Another process of this run has failed: {word}' if word else 'Another process of this run is gone without a word. If nobody ended it, look for a lack of memory on its machine.')

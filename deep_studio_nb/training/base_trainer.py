@@ -17,7 +17,7 @@ from torch import nn
 from ..common.devices import pick_device, using_threads
 from ..common.errors import RunError
 from ..common.logs import get_logger
-from ..common.processes import is_main
+from ..common.processes import is_main, others_first
 from ..common.randomness import rng_state, seed_all, set_rng_state
 from .background import Running, in_background, refuse_second
 from .batches import begin_order, length_of, rest_of
@@ -28,7 +28,7 @@ from .metrics import build_metrics
 from .monitor import Monitor, check_given, pick_monitor
 from .optimizers import build_optimizer
 from .profiling import Profile
-from .parallel import find_peers, others_first
+from .parallel import find_peers
 from .progress import Progress, add_callback, all_callbacks
 from .resumable import Resumable
 from .run_checks import check_run, plain_values, take_folder, whole_number
@@ -72,7 +72,7 @@ class BaseTrainer(Resumable):
         self.epochs,self.early_stop,self.save_period = whole_number("epochs", epochs, 1),whole_number("early_stop", early_stop, 0),whole_number("save_period", save_period, 0)
         self.threads = None if threads is None else whole_number("threads", threads, 1)
         self.device,self.seed,self.folder,self.meta = pick_device(device),seed,folder,meta or {}
-        self.peers = find_peers(strategy, self.device, getattr(self, "precision", "fp32"))
+        self.peers = find_peers(strategy, getattr(self, "precision", "fp32"))
         if self.peers is not None and not self.works_together: raise RunError(f"`{type(self).__name__}` trains in a way of its own, which a single process can do. If its `_train_epoch` takes batches from `_batches` and calls `_learn` and `_update` as `Trainer` does, write `works_together = True` into it.")
         self.model,self.train_loader,self.valid_loader = model.to(self.device),train_loader,valid_loader
         if self.peers is not None and self.peers.divides: shard_model(self.model, self.device)
