@@ -78,6 +78,6 @@ def jaccard_loss(
     batch:bool=False, # Add up over the whole batch instead of each item
     overlapping:bool=False # Whether a place may have several classes
 )->Tensor: # () 0 to 1
-    "One minus intersection over union, the mean over items and classes (eq. 3 to 5 of [Rahman and Wang](https://doi.org/10.1007/978-3-319-50835-1_22))."
+    "One minus intersection over union, the mean over items and classes (the IoU loss of [Rahman and Wang](https://doi.org/10.1007/978-3-319-50835-1_22))."
     both,guess,truth = overlaps(preds, target, ignore_index, batch, overlapping, 'jaccard')
     return _lacking((both+smooth)/(guess+truth-both+smooth), skip, weight)
