@@ -18,6 +18,7 @@ from ..common.types import Batch
 from .batches import undisturbed
 from .events import Callback
 from .passes import evaluating, forward_test
+from .sharded import own_piece
 
 # %% ../../nbs/30_training/39a_averaging.ipynb #f9ee3505
 def blend(
@@ -26,7 +27,7 @@ def blend(
     share:float # Of the way from `average` to `now`, 0 to 1
 )->None:
     "Move each tensor of `average` towards its namesake in `now`, all in a few kernels."
-    pairs = {id(average[k]): (average[k], v) for k,v in now.items()}.values()    # tied tensors once
+    pairs = {id(average[k]): (own_piece(average[k]), own_piece(v)) for k,v in now.items()}.values()    # tied tensors once
     old,new = [a for a,_ in pairs],[v.to(a.dtype) for a,v in pairs]
     if old: torch._foreach_lerp_(old, new, share)
 
@@ -55,7 +56,7 @@ def begin_average(
 )->dict[str,Tensor]: # Tensors of their own, tied where those are, at least float32
     "Begin an average at the weights of now."
     own:dict[tuple,Tensor] = {}
-    return {k: own.setdefault((v.data_ptr(), v.shape), v.to(torch.promote_types(v.dtype, torch.float32), copy=True)) for k,v in now.items()}
+    return {k: own.setdefault((own_piece(v).data_ptr(), v.shape), v.to(torch.promote_types(v.dtype, torch.float32), copy=True)) for k,v in now.items()}
 
 # %% ../../nbs/30_training/39a_averaging.ipynb #f9a2b45a
 class Averaging(Callback):
@@ -125,7 +126,8 @@ def renew_norms(
             o.reset_running_stats()
             o.momentum,o.training = None,True       # a plain mean over the batches
         if norms:
-            for batch in batches: forward_test(model, to_device(batch, device))
+            for batch in batches:
+                if batch is not None: forward_test(model, to_device(batch, device))      # None: nothing of it could be read
         for o,momentum,training,stats in kept: _settle(o, momentum, stats)
     for o,_,training,_ in kept: o.training = training
 

@@ -17,6 +17,7 @@ from ..common.errors import ConfigError, RunError, did_you_mean, listed
 from ..common.logs import get_logger
 from ..common.registry import CALLBACKS
 from .events import Callback
+from .sharded import own_piece
 
 # %% ../../nbs/30_training/39e_freezing.ipynb #9336e528
 def _fits(name:str, pattern:str)->bool:
@@ -81,7 +82,7 @@ def checksums(
     tensors:Mapping[str,Tensor] # By name
 )->dict[str,int]: # By name
     "Add up the bits of each tensor, as whole numbers."
-    local = [getattr(o, "to_local", lambda o=o: o)().detach().reshape(-1) for o in tensors.values()]
+    local = [own_piece(o).detach().reshape(-1) for o in tensors.values()]
     sums = [o.view(_INTS.get(o.element_size(), torch.uint8)).sum(dtype=torch.int64) for o in local]
     return dict(zip(tensors, torch.stack(sums).tolist())) if sums else {}
 
@@ -144,7 +145,6 @@ def _apply(self:Freeze, trainer:Any):
     if frozen!=self._now:
         if self._now: self._thaw(trainer, [k for k in self._now if k not in frozen])
         _switch(model, frozen, (), False)
-        if self._now is not None: trainer._wire()        # what wraps the model may know which parameters move
         self._now = frozen
         inside = norms_in(model, frozen, [o for o,until in self.plan.items() if trainer.epoch<=until])
         self._norms = {k: o for k,o in inside.items() if not any(_fits(k, p) for p in self.but)}
