@@ -6,7 +6,6 @@
 from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -275,7 +274,17 @@ def find_lr(self:Trainer,
     "Measure the loss at rising learning rates, as this trainer would train, and leave everything as it is. Callbacks take no part."
     refuse_second(self.apart)
     way = _Way(self.device, self.precision, self.accumulate, self.clip_norm, self.clip_value, self.channels_last, self.micro)
-    return _found(self.model, self.optimizer, self.loss_fn, self.train_loader, _rates(start, end, steps), way, self.seed, min(len(self.history)+1, self.epochs))
+    found = _found(self.model, self.optimizer, self.loss_fn, self.train_loader, _rates(start, end, steps), way, self.seed, min(len(self.history)+1, self.epochs))
+    if self._falls(): found.default = 'steepest'
+    return found
+
+@patch
+def _falls(self:BaseTrainer)->bool:
+    "Tell whether the rate ends below a tenth of its highest value."
+    n = self.updates_per_epoch
+    if self.scheduler.scheduler is None or self.scheduler.wants_value or not n or self.steps: return False
+    path = self.scheduler.ahead(self.epochs, n)[0]
+    return path[-1]<0.1*max(path)
 
 @patch
 def plot_schedule(self:BaseTrainer)->Figure:
