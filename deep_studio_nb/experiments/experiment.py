@@ -18,6 +18,7 @@ from ..common.devices import describe_device, pick_device, using_threads
 from ..common.errors import RunError
 from ..common.logs import get_logger, logging_to
 from ..common.pictures import save_picture
+from ..common.processes import is_main, world
 from ..common.registry import TRACKERS
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.results import show_confusion, show_results
@@ -28,6 +29,7 @@ from .recorder import Recorder, records_kept, repeat
 from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run, now, this_process
 from .summary import near_path, run_summary
+from .together import check_apart, follow, join_run, meet, places, put_together
 from .trackers import Trackers
 from ..training.background import Running, in_background, refuse_second
 from ..training.base_trainer import BaseTrainer
@@ -45,6 +47,7 @@ class Experiment:
         name:str|None=None, # Name of the run folder, instead of the config's
         device:str|None=None # auto, cpu, cuda, cuda:1 ..., instead of the config's
     ):
+        join_run()
         learn_names()
         extra = [f'{k}={json.dumps(v, ensure_ascii=False)}' for k,v in dict(name=name, device=device).items() if v is not None]
         self.cfg = Config.read(config, *overrides, *extra)
@@ -90,7 +93,7 @@ def _manifest(self:Experiment) -> dict:
     "What the manifest says at the start of a run."
     path,monitor = self.cfg.path,self.trainer.monitor
     return dict(config=self.cfg.data, config_file=path and str(path), command=sys.argv[1:] if path else None, seed=self.cfg['seed'],
-                device=describe_device(self.device), versions=versions(), git=git_state(), parts=part_records(self.cfg.data),
+                device=describe_device(self.device), processes=world(), versions=versions(), git=git_state(), parts=part_records(self.cfg.data),
                 data=self.data.record(), monitor=str(monitor) if monitor else 'off', resumed_from=self.source and str(self.source),
                 epochs=0, best=None, **this_process())
 
@@ -140,6 +143,9 @@ def fit(self:Experiment,
 ) -> History|Running: # One row an epoch; or the training at work, to pause, stop or await
     "Train into a run folder, and score the best weights; after a stop, go on where it stopped."
     _refuse_second()
+    check_apart(background)
+    if not is_main(): return follow(self)
+    meet()
     if not getattr(self.trainer, 'keeps_files', True): return self._try_out()
     if self.folder and not self.trainer.left and self.folder.status()=='finished': raise RunError(train_longer(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
     level = self.cfg['trainer'].get('verbosity', 1)
@@ -192,9 +198,11 @@ def _train(self:Experiment) -> str: # finished or stopped
     self._save_plan()
     self.folder.update(status='running', error=None, config=self.cfg.data, **this_process())
     self.recorder.trackers.start(self.folder.path, self.cfg.data)
-    get_logger('run').info('%s on %s, %s', self.folder.name, describe_device(self.device), self.data.told())
+    get_logger('run').info('%s on %s, %s', self.folder.name, places(describe_device(self.device)), self.data.told())
     if self.shows_pictures: self.data.train.save_samples(self.folder.path/'images')
+    meet(self.trainer.folder)
     self.trainer.train()
+    put_together(self)
     with self.trainer.saver.guarding():
         if self.trainer.history.rows: self.recorder.draw(self.trainer.history)
         if not self.trainer.stopped: self._score()
@@ -218,7 +226,9 @@ def _check_untouched(self:Experiment):
 @patch
 def _try_out(self:Experiment) -> History:
     "Take two batches of everything, and keep nothing."
+    meet()
     with using_threads(self.cfg.get('trainer.threads')): self.trainer.train()
+    put_together(self)
     if 'test' in self.data.there():
         ev = evaluate(self.model, FewBatches(self.data.in_order('test'), 2), self.trainer.loss_fn, self.trainer.metrics, self.device, task=self.data.facts.get('task'))
         get_logger('run').info('test: %s', ev.metrics)
