@@ -98,6 +98,7 @@ def _start(self:Running, work:Callable[[],Any])->Running:
     "Open the display in the cell at work, and begin."
     self._work = work
     for o in self._displays: o.open()
+    self._say("in the background")
     atexit.register(self._leave)
     self._thread.start()
     return self
@@ -172,6 +173,7 @@ def wait(self:Running,
         get_logger("training").warning("Only the waiting has ended: the training goes on in the background. `.stop()` ends it.")
         raise
     if not self._ended.is_set(): return None
+    for o in self._displays: o.again()
     if self.error: raise self.error
     return self.history
 

@@ -88,6 +88,11 @@ def say(self:Progress, trainer, note:str, ended:bool=False):
     else: self._view.now(now_line(trainer, note=note), trainer.history, self._steps)
 
 @patch
+def again(self:Progress):
+    "Show once more what was shown last."
+    self._view.again()
+
+@patch
 def rested(self:Progress, seconds:float):
     "Leave `seconds` out of the guess how long the rest will take."
     self._began += seconds

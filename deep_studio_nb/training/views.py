@@ -42,6 +42,9 @@ class LineView:
         "Leave what should stay, and say in `line` how it ended."
         if line: self._write(line)
 
+    def again(self):
+        "Show once more what was shown last, where that helps."
+
 # %% ../../nbs/30_training/35b_views.ipynb #704bca35
 class TerminalView(LineView):
     "Rewrite one line in place, and leave a line for each epoch above it."
@@ -76,7 +79,7 @@ class NotebookView:
     "Update one output cell: the last epochs as a table, the curves, and where the run is."
     every = 0.25        # Seconds between two showings
     live,kept = 8,100   # Epochs shown while training, and in the end
-    def __init__(self): self.handle,self._steps,self._next = None,(),0.
+    def __init__(self): self.handle,self._shown,self._steps,self._next = None,None,(),0.
 
     def begin(self):
         "Show the next run in an output of its own."
@@ -95,6 +98,10 @@ class NotebookView:
         "Leave the table and the curves as a picture."
         self._show(line, history, self.kept, _kept_curves(history))
 
+    def again(self):
+        "Send what was shown last once more."
+        if self.handle: self.handle.update(self._shown)
+
 # %% ../../nbs/30_training/35b_views.ipynb #d9fd0783
 @patch
 def _show(self:NotebookView, line:str, history:History, last:int, curves:str):
@@ -104,9 +111,9 @@ def _show(self:NotebookView, line:str, history:History, last:int, curves:str):
     hidden = len(history)-last
     table = (f"<small>... {hidden} earlier epochs</small>" if hidden>0 else "") + history.to_html(last) if len(history) else ""
     below = f"<pre style='margin:0'>{escape(line)}</pre>" if line else ""
-    shown = _Shown(table + curves + below, f"{rows!r}\n{line}".strip())
-    if self.handle: self.handle.update(shown)
-    else: self.handle = display(shown, display_id=True)
+    self._shown = _Shown(table + curves + below, f"{rows!r}\n{line}".strip())
+    if self.handle: self.handle.update(self._shown)
+    else: self.handle = display(self._shown, display_id=True)
     self._next = perf_counter() + self.every
 
 # %% ../../nbs/30_training/35b_views.ipynb #1b17a751
