@@ -156,7 +156,13 @@ def _measured(data:dict)->list[str]:
     "List the values that a run will measure on each split."
     metrics = data.get("metrics") or []
     names = list(metrics) if isinstance(metrics, dict) else [split_spec(o)[0] for o in metrics if _is_part(o)]
-    return ["loss", *names]
+    return ["loss", *_summed(data.get("loss"), names), *names]
+
+def _summed(loss:Any, taken:list[str])->list[str]:
+    "List the names under which the losses of a sum are measured; `_loss` stands behind one that a metric has."
+    inner = (loss.get("args") or {}).get("losses") if isinstance(loss, Mapping) and loss.get("type")=="sum" else None
+    names = [o.get("name") or o.get("type") if isinstance(o, Mapping) else o for o in (inner if isinstance(inner, list) else ())]
+    return [f"{o}_loss" if o in taken else o for o in names if isinstance(o, str)]
 
 # %% ../../nbs/00_common/05b_parts.ipynb #0980a546
 def _run_problems(doc:Document)->Iterator[Problem]:
