@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from deep_studio_nb.common.errors import ConfigError
+from deep_studio_nb.common.processes import in_processes
 from deep_studio_nb.data.loaders import BaseDataLoader
 from deep_studio_nb.training.averaging import EMA, SWA, averageable
 from deep_studio_nb.training.callbacks import StopAfter
@@ -196,3 +197,30 @@ def test_profile_is_a_switch(tmp_path):
     t.train()
     assert t.callbacks[0].rows and (tmp_path/'run'/'profile'/'trace.json.gz').is_file()
     assert len([o for o in trainer(Profile(3), profile=True).callbacks if isinstance(o, Profile)])==1
+
+class Tower(nn.Module):
+    "A net without batch norm, which is the same in one process and in two."
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh()), nn.Linear(16, 3)
+    def forward(self, x): return self.head(self.body(x))
+
+TOGETHER = dict(ema=lambda: [EMA(0.9), Freeze('body', 2)], swa=lambda: [SWA(2)], kept=lambda: [KeepBest(2), KeepEvery(steps=7, last=1)])
+
+def tower(strategy, name, folder=None):
+    t = Trainer(Tower(), BaseDataLoader(data(54, 0), 12, seed=7), DataLoader(data(31, 1), 15), loss='cross_entropy', metrics=['accuracy'], epochs=EPOCHS, device='cpu', progress=False,
+                callbacks=TOGETHER[name](), strategy=strategy, folder=folder, save_period=0)
+    t.train()
+    return rows(t)
+
+@pytest.mark.parametrize('name', TOGETHER)
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_the_same_in_two_processes(tmp_path, strategy, name):
+    one, two = tower('auto', name, tmp_path/'one'), in_processes(tower, strategy, name, tmp_path/'two')
+    assert two[0]==two[1]
+    for a, b in zip(one, two[0]): assert a==pytest.approx(b, abs=1e-5)
+    assert {o.name for o in (tmp_path/'one').iterdir()}=={o.name for o in (tmp_path/'two').iterdir()}
+    a, b = (load_checkpoint(tmp_path/o/'last.pt')['averaged'] or {} for o in ('one', 'two'))
+    assert a.keys()==b.keys() and all(torch.allclose(v, b[k], atol=1e-5) for k,v in a.items())
