@@ -40,12 +40,12 @@ def begin_order(
     state:Tensor|None=None # What this function returned when the epoch was begun the first time
 )->Tensor|None: # State of the loader's own generator; None if the order follows from elsewhere
     "Prepare `loader` to give the batches of `epoch`."
-    for o in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if hasattr(o, "set_epoch"): return o.set_epoch(epoch)
-    if own := getattr(loader, "generator", None):
-        if state is not None: own.set_state(state)
-        return own.get_state()
-    return None
+    told = next((o for o in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)) if hasattr(o, "set_epoch")), None)
+    if told is not None: told.set_epoch(epoch)
+    own = getattr(loader, "generator", None)
+    if not isinstance(own, Generator): return None
+    if state is not None: own.set_state(state)
+    return own.get_state()
 
 # %% ../../nbs/30_training/37b_batches.ipynb #a66805ff
 def rest_of(
