@@ -40,10 +40,19 @@ _Usage = typer.BadParameter.__bases__[0] # a mistyped command; typer brings its 
 def _failed(e):
     "Tell what went wrong, and give the exit code for it."
     if isinstance(e, typer.Abort): return 130
+    if 'RANK' in os.environ: return _failed_together(e)
     if isinstance(e, _Usage):
         e.show()
         return 2
     print(explain(e), file=sys.stderr)
+    return 1
+
+def _failed_together(e):
+    "Tell what went wrong once, though it ends all processes of the run."
+    from deep_studio_nb.common.processes import first_to_tell, is_lost, others_first, tell
+    lost = is_lost(e)
+    if not lost: tell(f'{e}')
+    if not (lost and 'DEEP_STUDIO_NB_AGENT' in os.environ) and first_to_tell(): print(explain(others_first(e)), file=sys.stderr, flush=True)
     return 1
 
 # %% ../nbs/80_front/81_cli.ipynb #c583a676
@@ -78,18 +87,33 @@ def train(
     resume:str=typer.Option(None, '-r', '--resume', metavar='RUN|CHECKPOINT|auto', help='Go on with a run, or from one of its checkpoints; auto finds the unfinished run of this config, or begins one.'),
     name:str=typer.Option(None, '--name', help="Name of the run folder, instead of the config's."),
     device:str=typer.Option(None, '-d', '--device', metavar='auto|cpu|cuda', help='Where to train; auto takes the first GPU there is.'),
+    nproc:int=typer.Option(None, '-n', '--nproc', min=1, metavar='N', help='Train in so many processes of this machine together: one a GPU, or several on the CPU.'),
+    told:str=typer.Option(None, '--told', hidden=True),
 ):
     """Train what CONFIG describes.
 
     For example: deep-studio train configs/quickstart.yaml trainer.epochs=3"""
-    from deep_studio_nb.experiments.experiment import Experiment
     config,overrides = config_and_overrides(words or [], config)
     if resume in (None,'auto') and config is None: raise typer.BadParameter('What should be trained? Give a config, e.g. configs/quickstart.yaml, or --resume RUN.')
+    if nproc is not None and nproc>1: return _in_processes(nproc, config, overrides, resume=resume, name=name, device=device, told=told)
+    from deep_studio_nb.experiments.experiment import Experiment
     if resume in (None,'auto'): exp = (Experiment.auto if resume else Experiment)(config, *overrides, name=name, device=device)
     else: exp = Experiment.resume(resume, *overrides, config=config, name=name, device=device)
     exp.fit()
-    print(exp.summary())
+    _leave(exp, told)
     return 130 if exp.trainer.stopped else 0
+
+def _leave(exp, told): # the first of several processes speaks for all
+    from deep_studio_nb.common.processes import end, is_main
+    if is_main():
+        print(exp.summary())
+        if told and exp.folder: Path(told).write_text(str(exp.folder.path.resolve()), encoding='utf-8')
+    end()
+
+def _in_processes(nproc, config, overrides, **options): # the same command, several times
+    from deep_studio_nb.experiments.launch import run_workers
+    words = ['train', *[config]*(config is not None), *overrides, *(w for k,v in options.items() if v is not None for w in (f'--{k}', v))]
+    return run_workers([*words, *['--debug']*('--debug' in sys.argv)], nproc)
 
 # %% ../nbs/80_front/81_cli.ipynb #6965f185
 @app.command('eval')

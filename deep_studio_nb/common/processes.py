@@ -203,7 +203,7 @@ def first_to_tell(
     what:str='error' # What is to be told once
 )->bool: # True for a process that is alone
     "Tell whether no other process of the run has asked this before."
-    if not started(): return True
+    if not started(): return not launched() or os.environ['RANK']=='0'
     try: return _store().add(f'deep_studio_nb/{what}', 1)==1
     except RuntimeError: return True   # the process that kept the store is gone
 
