@@ -76,7 +76,7 @@ def quartiles(values):
 def digits(root):
     "Loaders of the digits, moved and turned a little in training."
     ds = Digits(root).with_transforms(build_transforms({'train': [{'type': 'RandomAffine', 'args': {'degrees': 10, 'translate': [0.1, 0.1]}}]}, 'image'))
-    return lambda seed: BaseDataLoader(ds, 64, validation_split=0.2, seed=seed)
+    return lambda seed: BaseDataLoader(ds, 64, seed=seed)
 
 def photos(root, pixels):
     "Loaders of photos in class folders."

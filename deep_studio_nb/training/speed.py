@@ -151,8 +151,9 @@ def too_short(
     steps:int|None=None # Steps of the run; None if it is not known
 )->str|None: # None if it is worth the time
     "Say why a run is too short to measure anything, if it is."
-    if steps is None or steps>=50 and steps*step>=20: return None
-    return f"Not measured: this run is over in about {max(round(steps*step), 1)} s ({steps} steps)."
+    if steps is None: return None
+    if steps<50: return f"Not measured: this run has {steps} steps."
+    if steps*step<20: return f"Not measured: this run is over in about {max(round(steps*step), 1)} s."
 
 # %% ../../nbs/30_training/37j_speed.ipynb #ef809372
 @dataclass
