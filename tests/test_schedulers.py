@@ -5,7 +5,6 @@ from torch import nn
 from deep_studio_nb.common.errors import CheckpointError, ConfigError
 from deep_studio_nb.training.optimizers import build_optimizer, group_rows
 from deep_studio_nb.training.schedule_plot import lr_path
-from deep_studio_nb.training.schedulers import build_scheduler
 from training_toy import EPOCHS, STEPS, assert_same, stop_at
 
 def spec(type, **args): return {'type': type, 'args': args}

@@ -7,24 +7,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 import torch
 from fastcore.basics import patch
 from torch import nn
 from ..common.devices import is_out_of_memory, to_device
 from ..common.errors import ConfigError, DataError, RunError
-from ..common.pictures import new_picture
 from ..common.processes import world
 from ..common.randomness import seed_all
 from .background import refuse_second
 from .base_trainer import BaseTrainer
 from .batches import begin_order, undisturbed
 from .losses import build_loss
+from .lr_curve import LRCurve
 from .optimizers import build_optimizer, group_rows
 from .passes import as_channels_last, casting, forward_train, size_of
 from .schedule_plot import draw_rates, schedule_note
-from .schedulers import set_rate
+from .schedule import set_rate
 from .steps import clip_gradients, grads_of, group_factor, make_scaler, parts_of, scale_gradients, share
 from .trainer import Trainer
 
@@ -32,112 +32,7 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% auto #0
-__all__ = ['SUGGESTIONS', 'smoothed', 'steepest', 'valley', 'tenth_of_minimum', 'LRCurve', 'find_lr']
-
-# %% ../../nbs/30_training/38c_finder.ipynb #8548b1bb
-def smoothed(
-    values:list[float], # As they were measured
-    width:float=2. # Standard deviation of the window, in points
-)->list[float]: # As many
-    "Even out noise by a window that looks as far ahead as back, where there is anything."
-    reach,res = int(3*width),[]
-    for i in range(len(values)):
-        around = range(max(i-reach, 0), min(i+reach+1, len(values)))
-        weights = [math.exp(-0.5*((j-i)/width)**2) for j in around]
-        res.append(sum(w*values[j] for w,j in zip(weights, around))/sum(weights))
-    return res
-
-# %% ../../nbs/30_training/38c_finder.ipynb #4bc8f275
-def steepest(
-    lrs:list[float], # Rising
-    losses:list[float] # Smoothed
-)->float: # Learning rate
-    "Find where the loss falls fastest over the logarithm of the rate, once it has begun to fall."
-    low = losses.index(min(losses))
-    top = max(losses[:low+1])
-    ways = [i for i in range(1, low) if losses[i]<=top-0.1*(top-losses[low])] or [max(low-1, 1)]   # behind the noise of the flat part
-    return lrs[min(ways, key=lambda i: (losses[i+1]-losses[i-1])/math.log(lrs[i+1]/lrs[i-1]))]
-
-def valley(
-    lrs:list[float], # Rising
-    losses:list[float] # Smoothed
-)->float: # Learning rate
-    "Find the middle of the longest falling run of points, gaps allowed (as [fastai](https://docs.fast.ai/callback.schedule.html) does)."
-    longest,came = [1]*len(losses),list(range(len(losses)))
-    for i in range(len(losses)):
-        for j in range(i):
-            if losses[i]<losses[j] and longest[i]<=longest[j]: longest[i],came[i] = longest[j]+1,j
-    at,run = max(range(len(losses)), key=lambda i: longest[i]),[]
-    while True:
-        run.append(at)
-        if came[at]==at: break
-        at = came[at]
-    return lrs[run[len(run)//2]]
-
-def tenth_of_minimum(
-    lrs:list[float], # Rising
-    losses:list[float] # Smoothed
-)->float: # Learning rate
-    "Take a tenth of the rate with the lowest loss."
-    return lrs[losses.index(min(losses))]/10
-
-# %% ../../nbs/30_training/38c_finder.ipynb #e318a985
-SUGGESTIONS = {'steepest': steepest, 'valley': valley, 'minimum/10': tenth_of_minimum} # name -> function of rates and smoothed losses
-
-@dataclass(repr=False)
-class LRCurve:
-    "The loss at each learning rate that was tried, and the rates that it suggests."
-    lrs:list[float]         # rates that were tried, rising
-    losses:list[float]      # as measured
-    why:str=''              # why there are no more
-    default:str='minimum/10'   # which suggestion is `lr`
-    smooth:list[float] = field(init=False)
-    suggestions:dict[str,float] = field(init=False)   # empty if the loss did not fall
-    def __post_init__(self):
-        self.smooth = smoothed(self.losses)
-        self.suggestions = {k: fn(self.lrs, self.smooth) for k,fn in SUGGESTIONS.items()} if self.falls else {}
-    @property
-    def falls(self)->bool:
-        "Tell whether the loss falls by more than it jumps about."
-        if len(self.losses)<5: return False
-        low = self.smooth.index(min(self.smooth))
-        noise = (sum((a-b)**2 for a,b in zip(self.losses[:low+1], self.smooth))/(low+1))**0.5
-        return max(self.smooth[:low+1])-self.smooth[low] > max(2*noise, 1e-3*abs(self.smooth[0]))
-    @property
-    def lr(self)->float|None:
-        "Return the rate to use; None if the loss did not fall."
-        return self.suggestions.get(self.default)
-
-# %% ../../nbs/30_training/38c_finder.ipynb #5528c787
-@patch
-def __repr__(self:LRCurve)->str:
-    "Say what the curve suggests."
-    tried = f'{len(self.lrs)} rates from {self.lrs[0]:.1e} to {self.lrs[-1]:.1e}' if self.lrs else 'no rate'
-    if self.lr is None: return f'No suggestion: the loss does not fall ({tried}{self.why and ", "+self.why}).'
-    others = ', '.join(f'{k} {v:.2g}' for k,v in self.suggestions.items() if k!=self.default)
-    return f'lr {self.lr:.2g} ({self.default}; {others}; {tried}{self.why and ", "+self.why})'
-
-@patch
-def plot(self:LRCurve)->Figure:
-    "Draw the loss over the rate, and the suggestions."
-    if not self.lrs: raise DataError('No rate was tried, so there is nothing to draw.')
-    fig = new_picture(5, 2.6)
-    ax = fig.subplots()
-    ax.plot(self.lrs, self.losses, color='tab:blue', alpha=0.25, lw=1)
-    ax.plot(self.lrs, self.smooth, color='tab:blue')
-    for (k,v),color in zip(self.suggestions.items(), ('tab:orange','tab:green','tab:red')):
-        i = min(range(len(self.lrs)), key=lambda i: abs(math.log(self.lrs[i]/v)))
-        ax.plot(v, self.smooth[i], 'o', color=color, ms=9 if k==self.default else 5, label=f'{k}: {v:.2g}')
-    if self.suggestions: ax.legend(fontsize=8, frameon=False)
-    top = max(self.smooth[0], *self.smooth[:self.smooth.index(min(self.smooth))+1])
-    ax.set(xscale='log', xlabel='learning rate', ylabel='loss', ylim=(None, min(max(self.smooth), top+0.7*(top-min(self.smooth)))*1.02 or None))
-    ax.grid(alpha=0.3)
-    return fig
-
-@patch
-def _repr_png_(self:LRCurve)->bytes:
-    "Show the picture in Jupyter."
-    return self.plot()._repr_png_()
+__all__ = ['find_lr']
 
 # %% ../../nbs/30_training/38c_finder.ipynb #5e1ddbf4
 def _copies(model:nn.Module, optimizer:torch.optim.Optimizer, loss_fn:Callable|None)->tuple[nn.Module,torch.optim.Optimizer,Callable|None]:

@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 from ..common.errors import ConfigError
 from ..common.pictures import new_picture
-from .schedulers import Schedule, build_scheduler
+from .schedule import Schedule
+from .schedulers import build_scheduler
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
