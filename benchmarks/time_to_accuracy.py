@@ -65,7 +65,7 @@ def ours(task, data, pixels, seed, clock, epochs, batch, **switches):
     from deep_studio_nb.training.events import When
     from deep_studio_nb.training.trainer import Trainer
     import deep_studio_nb.all  # noqa: F401
-    started = yield
+    yield
     if task=='digits':
         (x, y), (xv, yv) = load(data)
         train, valid, rate = BaseDataLoader(Tensors(x, y), batch, seed=seed), BaseDataLoader(Tensors(xv, yv), 2*batch, shuffle=False), 0.01
@@ -83,8 +83,7 @@ def ours(task, data, pixels, seed, clock, epochs, batch, **switches):
 
 def fastai(task, data, pixels, seed, clock, epochs, batch):
     import fastai.vision.all as fa
-    from torch.utils.data import DataLoader, TensorDataset
-    started = yield
+    yield
     fa.set_seed(seed)
     if task=='digits':
         dls = fa.DataLoaders(*(fa.DataLoader(list(zip(x, y)), bs=b, shuffle=s) for (x, y),b,s in zip(load(data), (batch, 2*batch), (True, False))))
@@ -104,7 +103,7 @@ def lightning(task, data, pixels, seed, clock, epochs, batch):
     if task=='photos':
         from torchvision import transforms as T
         from torchvision.datasets import ImageFolder
-    started = yield
+    yield
     L.seed_everything(seed)
     if task=='digits': train, valid = (DataLoader(TensorDataset(x, y), b, shuffle=s) for (x, y),b,s in zip(load(data), (batch, 2*batch), (True, False)))
     else:
