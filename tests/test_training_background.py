@@ -1,5 +1,5 @@
 """Training in the background gives the bits of training in the foreground, whatever the notebook does meanwhile."""
-import os, random, signal, subprocess, sys, threading
+import os, random, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -56,8 +56,9 @@ def test_stopped_and_gone_on(tmp_path, step, then):
     with drawing(): t.train(background=True).wait()
     assert t.stopped and t.steps==step
     if then=='fresh': t = trainer(folder=tmp_path, callbacks=[stop_at(step)]).load(tmp_path)
-    with drawing(): t.train(background=True).wait() if then!='foreground' else None
     if then=='foreground': t.train()
+    else:
+        with drawing(): t.train(background=True).wait()
     assert not t.stopped
     assert_same(t, want)
 
@@ -145,10 +146,12 @@ def test_errors_come_back_and_the_run_can_go_on(caplog, capsys):
     with pytest.raises(ZeroDivisionError, match='no batch today'): run.wait()
     with pytest.raises(ZeroDivisionError): run.wait()
     assert run.status=='failed' and 'ZeroDivisionError: no batch today' in repr(run)
-    assert 'failed: ZeroDivisionError: no batch today' in capsys.readouterr().out and 'no batch today' in caplog.text
+    assert 'failed: ZeroDivisionError: no batch today' in capsys.readouterr().out and not caplog.text      # said once
     t.callbacks = []
     t.train(background=True).wait()
     assert len(t.history)==EPOCHS
+    with pytest.raises(ZeroDivisionError): trainer(callbacks=[at(9, fail)]).train(background=True).wait()
+    assert 'failed: ZeroDivisionError: no batch today' in caplog.text
 
 def test_what_cannot_begin_fails_in_the_cell():
     t = trainer()
@@ -166,7 +169,6 @@ def test_threads_and_random_numbers_are_those_of_the_caller():
         torch.set_num_threads(kept+1)
         before = rng_state()
         trainer(epochs=1, callbacks=[When(after_batch=lambda t: seen.append(torch.get_num_threads()))]).train(background=True).wait()
-        after = rng_state()
     finally: torch.set_num_threads(kept)
     assert set(seen)=={kept+1}
     fresh = trainer(epochs=1)
