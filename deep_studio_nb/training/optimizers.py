@@ -31,7 +31,7 @@ def _divided(kind:Callable, name:str, args:dict, model:nn.Module|Iterable)->list
     if own.get('no_decay') and 'weight_decay' not in known: raise ConfigError(f"`{name}` has no `weight_decay`, so `no_decay` would do nothing. Leave it out.")
     return parameter_groups(model, lr, **own, given=given)
 
-# %% ../../nbs/30_training/32b_optimizers.ipynb #7bae2d26
+# %% ../../nbs/30_training/32b_optimizers.ipynb #913752bb
 def _fuses(kind:type|Callable, params:list)->bool:
     "Tell whether torch has fused code of `kind` for `params`; that of Adagrad is for the CPU only."
     devices = ('cpu',) if isinstance(kind, type) and issubclass(kind, Adagrad) else ('cpu','cuda')
@@ -40,7 +40,8 @@ def _fuses(kind:type|Callable, params:list)->bool:
 def _can_fuse(kind:type|Callable, args:Mapping, model:nn.Module|Iterable, params:list)->bool:
     "Tell whether `kind` can be told to be fused, nothing else was said, and all parameters suit it."
     sig = signature_of(kind)
-    if not sig or 'fused' not in sig.parameters or {'fused','foreach','capturable','differentiable'}&set(args): return False
+    ours = kind.__module__.partition('.')[0] in ('torch','deep_studio_nb')   # what others mean by it is theirs to say
+    if not ours or not sig or 'fused' not in sig.parameters or {'fused','foreach','capturable','differentiable'}&set(args): return False
     if isinstance(model, nn.Module) and any(getattr(o, 'sparse', False) for o in model.modules()): return False
     return all(_fuses(kind, g['params'] if isinstance(g, Mapping) and isinstance(g['params'], list) else [g]) for g in params)
 
