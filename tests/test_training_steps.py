@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from deep_studio_nb.common.errors import ConfigError, DataError, RunError
 from deep_studio_nb.data.loaders import BaseDataLoader
 from deep_studio_nb.data.tensors import Tensors
-from deep_studio_nb.training.checkpoints import load_checkpoint, weights_of
+from deep_studio_nb.training.checkpoints import load_checkpoint, weights_for_use
 from deep_studio_nb.training.events import Callback, When
 from deep_studio_nb.training.trainer import Trainer
 from training_toy import EPOCHS, STEPS, assert_same, data, rows, stop_at, trainer, weights
@@ -257,3 +257,132 @@ def test_warn_goes_on():
 def test_settings(wrong, text):
     with pytest.raises(ConfigError) as e: plain(**wrong)
     assert text in str(e.value)
+
+# --- compiled ---
+
+def test_a_machine_without_a_compiler(said, monkeypatch):
+    def nowhere(fn, **kwargs):
+        def fail(*batch): raise torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError('InvalidCxxCompiler: No working C++ compiler found'), None)
+        return fail
+    import torch._dynamo
+    monkeypatch.setattr(torch, 'compile', nowhere)
+    t = run(plain(compile=True))
+    assert_same(t, run(plain()))
+    lines = [o for o in said() if 'cannot be compiled' in o]
+    assert len(lines)==1 and lines[0].endswith('No working C++ compiler found')
+
+@pytest.mark.parametrize('own', [False, True])
+def test_compiled_without_kernels(monkeypatch, own):
+    "Traced and run as it is: the same bits, for a plain model and for one that scores itself; what is saved has the model's own names."
+    from functools import partial
+    class Scored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = smooth()
+        def forward_train(self, batch):
+            preds = self.net(batch[0])
+            return preds, nn.functional.cross_entropy(preds, batch[1]), {}
+        def forward_test(self, batch): return self.net(batch[0])
+    make = Scored if own else smooth
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda fn, mode, **kwargs: compile_(fn, backend='eager', **kwargs))
+    a, b = run(plain(model=make(), compile=True, metrics=())), run(plain(model=make(), metrics=()))
+    assert_same(a, b)
+    assert list(a.state_dict()['model'])==list(b.model.state_dict())
+
+@pytest.mark.slow
+def test_compiled_resumes_exactly(tmp_path):
+    whole = run(trainer(compile=True))
+    run(trainer(compile=True, folder=tmp_path, callbacks=[stop_at(STEPS+2)]))
+    assert_same(run(trainer(compile=True, folder=tmp_path).load(tmp_path)), whole)
+
+# --- a few batches ---
+
+def test_fast_dev_run(tmp_path):
+    t = run(trainer(fast_dev_run=True, epochs=50, folder=tmp_path/'run'))
+    assert len(t.history)==1 and t.steps==2 and not (tmp_path/'run').exists() and 'val_accuracy' in t.history[0]
+
+@pytest.mark.parametrize('kind', ['plain', 'plain generator', 'ours', 'ours each'])
+def test_overfitting_the_same_batches(tmp_path, kind):
+    seen = []
+    args = dict(overfit_batches=2, epochs=4, scheduler=None)
+    t = run(trainer(kind, callbacks=[When(before_batch=lambda t: seen.append(t.batch))], **args))
+    x, y = data()
+    assert t.steps==8 and all(torch.equal(seen[i][0], x[12*(i%2):12*(i%2)+12]) for i in range(8))
+    run(trainer(kind, folder=tmp_path, callbacks=[stop_at(5)], **args))
+    assert_same(run(trainer(kind, folder=tmp_path, **args).load(tmp_path)), t)
+
+def test_it_learns_a_batch_by_heart():
+    t = run(plain(overfit_batches=1, epochs=300, optimizer={'type': 'AdamW', 'args': {'lr': 0.02}}))
+    assert t.history[-1]['accuracy']==t.history[-1]['val_accuracy']==1 and t.history[-1]['val_loss']<0.1
+
+@pytest.mark.parametrize('kind', ['plain', 'plain generator', 'ours', 'ours each', 'plain workers'])
+def test_find_batch_size_leaves_no_trace(kind):
+    t, whole = trainer(kind), run(trainer(kind))
+    before, draws = weights(t), torch.get_rng_state()
+    sizes = t.find_batch_size(limit=64)
+    assert [o['size'] for o in sizes.rows]==[8, 16, 32, 64] and sizes.best<=sizes.largest==64
+    assert all(torch.equal(v, before[k]) for k,v in weights(t).items()) and torch.equal(draws, torch.get_rng_state())
+    assert_same(run(t), whole)
+
+# --- the best at the end ---
+
+@pytest.mark.parametrize('with_folder', [True, False])
+def test_the_best_weights_at_the_end_and_longer_training_from_the_last(tmp_path, with_folder, said):
+    def worse(**kwargs): return trainer(scheduler=None, optimizer={'type': 'SGD', 'args': {'lr': 0.1}}, callbacks=[When(after_step=worsen)], **kwargs)
+    def worsen(t):
+        if t.epoch>2:
+            for p in t.model.parameters(): p.data.mul_(1.1)
+    folder = tmp_path/'a' if with_folder else None
+    kept = {}
+    t = worse(folder=folder, epochs=5)
+    t.add(When(after_epoch=lambda t: kept.update({t.epoch: weights(t)})))
+    run(t)
+    best = t.history.best()['epoch']
+    assert best<5 and all(torch.equal(v, kept[best][k]) for k,v in weights(t).items())
+    assert any(f'The model has the weights of epoch {best}, the best: val_loss' in o for o in said())
+    assert all(torch.equal(v, kept[5][k]) for k,v in t.state_dict()['model'].items())
+    whole = run(worse(epochs=8))
+    again = worse(epochs=8, folder=folder).load(folder or t.state_dict())
+    assert all(torch.equal(v, kept[5][k]) for k,v in weights(again).items())
+    assert_same(run(again), whole)
+    t.epochs = 8
+    assert_same(run(t), whole)
+
+def test_after_a_resume_the_best_may_lie_before_it(tmp_path):
+    def best_first(**kwargs): return trainer(scheduler=None, optimizer={'type': 'SGD', 'args': {'lr': 5.}}, epochs=4, monitor='max loss' if kwargs.pop('rising', False) else None, **kwargs)
+    whole = run(best_first())
+    first = run(best_first(folder=tmp_path, callbacks=[stop_at(3*STEPS+2)]))
+    assert first.stopped and first._last is None
+    assert_same(run(best_first(folder=tmp_path).load(tmp_path)), whole)
+
+def test_a_stopped_run_keeps_its_last_weights_and_restore_best_can_be_off():
+    t = run(trainer(callbacks=[stop_at(STEPS*2)]))
+    assert all(torch.equal(v, t.state_dict()['model'][k]) for k,v in weights(t).items()) and t._last is None
+    off = run(trainer(restore_best=False))
+    assert all(torch.equal(v, off.state_dict()['model'][k]) for k,v in weights(off).items())
+    on = run(trainer())
+    assert all(torch.equal(v, off.model.state_dict()[k]) for k,v in on.state_dict()['model'].items())
+
+class Mean(Callback):
+    "The mean of all weights so far."
+    def __init__(self): self.n, self.mean = 0, None
+    def after_step(self, trainer):
+        self.n += 1
+        now = {k: p.detach().clone() for k,p in trainer.model.named_parameters()}
+        self.mean = now if self.mean is None else {k: self.mean[k].lerp(v, 1/self.n) for k,v in now.items()}
+    def averaged(self): return self.mean
+    def state_dict(self): return {'n': self.n, 'mean': self.mean}
+    def load_state_dict(self, state): self.n, self.mean = state['n'], state['mean']
+
+@pytest.mark.parametrize('step', [3, 2*STEPS, 3*STEPS+1])
+def test_averages_are_validated_and_used_and_the_raw_weights_go_on(tmp_path, step):
+    whole = run(trainer(callbacks=[Mean()]))
+    raw = run(trainer())
+    assert all(torch.equal(v, raw.state_dict()['model'][k]) for k,v in whole.state_dict()['model'].items())       # training is the same
+    assert whole.history['val_loss']!=raw.history['val_loss']
+    run(trainer(callbacks=[Mean(), stop_at(step)], folder=tmp_path))
+    again = run(trainer(callbacks=[Mean()], folder=tmp_path).load(tmp_path))
+    assert_same(again, whole)
+    best = load_checkpoint(tmp_path/'best_model.pt')
+    assert all(torch.equal(v, weights_for_use(best)[k]) for k,v in weights(again).items())

@@ -31,13 +31,14 @@ class NanGuard:
         self.optimizer,self.scaled = optimizer,scaled
         self.found,self.since,self.one,self.asked = *(torch.full((), float(o), device=device) for o in (0, 0, 1)),0
         self.every = every if device.type!="cpu" and not scaled and all(g.get("fused") for g in optimizer.param_groups) else 1
+        self._list()
         if self.every>1: optimizer.found_inf = self.found
 
     def close(self):
         "Let go of the optimizer."
         if hasattr(self.optimizer, "found_inf"): del self.optimizer.found_inf
 
-# %% ../../nbs/30_training/37f_nan_guard.ipynb #88dfefd4
+# %% ../../nbs/30_training/37f_nan_guard.ipynb #ef3c3466
 @patch
 def loss_is_fine(self:NanGuard,
     loss:Tensor # () loss of a batch
@@ -46,16 +47,28 @@ def loss_is_fine(self:NanGuard,
     return self.every>1 or math.isfinite(loss.item())
 
 @patch
-def gradients_are_fine(self:NanGuard,
-    grads:list[Tensor] # Those that a batch has left
-)->bool: # True where nobody has looked
-    "Look at gradients, or note on the device that somebody should."
+def gradients_are_fine(self:NanGuard)->bool: # True where nobody has looked
+    "Look at the gradients that the optimizer is about to get, or note on the device that somebody should."
     if self.scaled: return True
-    scale_gradients(grads, self.one, self.found)
+    self._look()
     if self.every==1: return not self.found.item()
     self.since += self.found
     self.asked += 1
     return self.asked%self.every!=0 or not self.ago()
+
+@patch
+def _look(self:NanGuard):
+    "Set `found` if a gradient is not finite."
+    if len(self.optimizer.param_groups)!=self.groups: self._list()
+    grads = [g for p in self.params if (g := p.grad) is not None]
+    if not grads: return
+    try: torch._amp_foreach_non_finite_check_and_unscale_(grads, self.found, self.one)
+    except NotImplementedError: scale_gradients(grads, self.one, self.found)        # sparse ones
+
+@patch
+def _list(self:NanGuard):
+    "List the parameters; asking the optimizer's groups each time takes longer than the look."
+    self.groups,self.params = len(self.optimizer.param_groups),[p for g in self.optimizer.param_groups for p in g["params"]]
 
 @patch
 def ago(self:NanGuard)->int: # 1 for the latest; 0 if all is well

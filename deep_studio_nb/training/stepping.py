@@ -19,7 +19,7 @@ from .parallel import no_room
 from .passes import as_channels_last, casting, size_of
 from .run_checks import batch_error, check_first_batch
 from .run_state import run_state
-from .steps import add_grads, clip_gradients, grads_of, group_factor, joined_parts, make_scaler, parts_of, scale_gradients, share, taken_grads
+from .steps import add_grads, clip_gradients, forget_grads, grads_of, group_factor, joined_parts, make_scaler, parts_of, scale_gradients, share, taken_grads
 
 # %% ../../nbs/30_training/37m_stepping.ipynb #de9ed190
 class Stepping:
@@ -56,11 +56,16 @@ def _placed(self:Stepping, batch:Any)->Any:
 @patch
 def _forward(self:Stepping):
     "Predict and score the batch."
-    with self._cast:
-        if not self.steps and not hasattr(self.model, "forward_train"): check_first_batch(self.model, self.batch, self.loss_fn)
-        try: self.preds,self.losses,self.values = self.net(self.batch)
-        except ValueError as e: raise batch_error(e, self.step+1)
-        self.loss = self.losses.total
+    if self.precision=="fp32": return self._score()
+    with self._cast: self._score()
+
+@patch
+def _score(self:Stepping):
+    "Predict and score the batch, in whatever numbers are in force."
+    if not self.steps and not hasattr(self.model, "forward_train"): check_first_batch(self.model, self.batch, self.loss_fn)
+    try: self.preds,self.losses,self.values = self.net(self.batch)
+    except ValueError as e: raise batch_error(e, self.step+1)
+    self.loss = self.losses.total
 
 @patch
 def _backward(self:Stepping, part:float=1.):
@@ -81,7 +86,7 @@ def _learn(self:Stepping):
     while (said := self._tried()) is not None: self._cut(said)
     add_grads(earlier)
     if self.micro>before: get_logger("training").warning(_CUT, self._sizes[-1], self.steps+1, self.micro)
-    if self.guard is not None and not self.guard.gradients_are_fine(grads_of(self.optimizer)): self._stop_at_nan("gradient")
+    if self.guard is not None and not self.guard.gradients_are_fine(): self._stop_at_nan("gradient")
 
 @patch
 def _learn_together(self:Stepping):
@@ -90,7 +95,7 @@ def _learn_together(self:Stepping):
     self.peers.closes = self._is_full()
     try: self._pass()
     except (RuntimeError, MemoryError) as e: raise no_room(e, self.peers.size, self.peers.world) if is_out_of_memory(e) else e
-    if self.guard is not None and not self.guard.gradients_are_fine(grads_of(self.optimizer)): self._stop_at_nan("gradient")
+    if self.guard is not None and not self.guard.gradients_are_fine(): self._stop_at_nan("gradient")
 
 @patch
 def _tried(self:Stepping)->str|None: # What the allocator said if memory did not suffice; None if all went well
@@ -106,7 +111,7 @@ def _tried(self:Stepping)->str|None: # What the allocator said if memory did not
 def _cut(self:Stepping, said:str):
     "Cut batches into twice as many parts from here on."
     n = self._sizes[-1]
-    self.optimizer.zero_grad()
+    forget_grads(self.optimizer)
     if self.micro>=n: raise RunError(f"Memory does not suffice for a single sample, in step {self.step+1} of epoch {self.epoch}: {said} Use a smaller model, smaller inputs, or `precision: bf16`.")
     self.micro = min(2*self.micro, n)
     if self.device.type=="cuda": torch.cuda.empty_cache()
@@ -148,7 +153,7 @@ def _update(self:Stepping)->bool: # Whether they moved
     "Move the weights by the gradients of the group, forget those, move the schedule if it counts steps."
     self._ready_gradients()
     moved = self._step()
-    self.optimizer.zero_grad()
+    forget_grads(self.optimizer)
     self._sizes.clear()
     if moved:
         self.updates += 1
@@ -184,7 +189,7 @@ def _stop_at_nan(self:Stepping, what:str):
     ids = ids_of_batch(self.train_loader, self.epoch, step, size_of(self.batch) or 1)
     found = {"epoch": self.epoch, "step": step+1, "ids": ids, "batch": self.batch, "preds": self.preds, "losses": self.losses}
     self.guard.close()
-    self.optimizer.zero_grad()
+    forget_grads(self.optimizer)
     self._sizes.clear()
     raise nan_error(what, found, self.folder)
 
@@ -220,7 +225,7 @@ def _grads_state(self:Stepping)->dict|None:
 @patch
 def _load_grads_state(self:Stepping, state:dict|None):
     "Put the gradients of a group back."
-    self.optimizer.zero_grad()
+    forget_grads(self.optimizer)
     self._sizes = [*state["sizes"]] if state else []
     for k,p in self.model.named_parameters():
         if state and k in state["grads"]: p.grad = state["grads"][k].to(p.device, copy=True)

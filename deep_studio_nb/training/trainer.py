@@ -15,6 +15,7 @@ from ..common.processes import is_main
 from ..common.randomness import seed_all
 from ..common.registry import TRAINERS
 from ..common.types import Metrics
+from . import batch_size  # noqa: F401  (gives trainers `find_batch_size`)
 from .base_trainer import BaseTrainer
 from .few_batches import FewBatches
 from .losses import build_loss
