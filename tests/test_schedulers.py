@@ -68,13 +68,14 @@ def test_a_schedule_counts_steps_of_the_optimizer(accumulate):
     path = lr_path(scheduler, 0.1, EPOCHS, updates)
     assert t.updates==updates*EPOCHS==len(path) and [path[i] for i,_ in seen]==[lr for _,lr in seen]
 
-def test_groups_keep_their_ratios():
+@pytest.mark.parametrize('scheduler', [spec('OneCycleLR', warmup_steps=5), spec('OneCycleLR', max_lr=0.1), spec('CosineAnnealingLR', warmup_epochs=1), spec('CyclicLR', base_lr=0.001, max_lr=0.1, step_size_up=4, cycle_momentum=False)], ids=str)
+def test_groups_keep_their_ratios(scheduler):
     from deep_studio_nb.training.events import When
     ratios = []
     def note(t):
         lrs = [g['lr'] for g in t.optimizer.param_groups]
         ratios.append([o/lrs[-1] for o in lrs])
-    t = run(spec('AdamW', lr=0.01, layer_decay=0.5), spec('OneCycleLR', warmup_steps=5), callbacks=[When(before_batch=note)])
+    t = run(spec('AdamW', lr=0.01, layer_decay=0.5), scheduler, callbacks=[When(before_batch=note)])
     t.train()
     assert len(ratios)==STEPS*EPOCHS and all(o==pytest.approx([0.25, 0.5, 1.]) for o in ratios)
 

@@ -40,7 +40,7 @@ def _fuses(kind:type|Callable, params:list)->bool:
 def _can_fuse(kind:type|Callable, args:Mapping, model:nn.Module|Iterable, params:list)->bool:
     "Tell whether `kind` can be told to be fused, nothing else was said, and all parameters suit it."
     sig = signature_of(kind)
-    ours = kind.__module__.partition('.')[0] in ('torch','deep_studio_nb')   # what others mean by it is theirs to say
+    ours = getattr(kind, '__module__', '').partition('.')[0] in ('torch','deep_studio_nb')   # what others mean by it is theirs to say
     if not ours or not sig or 'fused' not in sig.parameters or {'fused','foreach','capturable','differentiable'}&set(args): return False
     if isinstance(model, nn.Module) and any(getattr(o, 'sparse', False) for o in model.modules()): return False
     return all(_fuses(kind, g['params'] if isinstance(g, Mapping) and isinstance(g['params'], list) else [g]) for g in params)

@@ -96,7 +96,14 @@ def _sequence(optimizer:Optimizer, parts:list[tuple[Any,_Span]], marks:list[int]
     res._last_lr = made[0].get_last_lr()
     return res
 
-# %% ../../nbs/30_training/33_schedulers.ipynb #b313e807
+# %% ../../nbs/30_training/33_schedulers.ipynb #3d0f2fc0
+def _spread(kind:Any, args:Mapping, optimizer:Optimizer)->dict:
+    "Turn a highest or lowest rate into one for each group."
+    scales = [g.get('lr_scale', 1.) for g in optimizer.param_groups]
+    if kind not in (OneCycleLR, CyclicLR) or all(o==1 for o in scales): return {}
+    return {k: [v*o for o in scales] for k,v in args.items() if k in ('max_lr','base_lr') and type(v) in (int,float)}
+
+# %% ../../nbs/30_training/33_schedulers.ipynb #abce0423
 SCHEDULER_ARGS = ('warmup_epochs', 'warmup_steps', 'warmup_from', 'per') # understood for every scheduler
 
 def _named(spec:str|Mapping|type)->tuple[str,dict]:
@@ -111,6 +118,7 @@ def _make(spec:str|Mapping|type, optimizer:Optimizer, span:_Span)->LRScheduler:
     if kind in (LambdaLR, MultiplicativeLR) and 'lr_lambda' in args:
         given = args['lr_lambda']
         args['lr_lambda'] = [build_shape(o, span.length) for o in given] if isinstance(given, (list,tuple)) else build_shape(given, span.length)
+    args |= _spread(kind, args, optimizer)
     try: return SCHEDULERS.build(kind if isinstance(spec, type) else {'type': name, 'args': args}, optimizer, facts=_facts(kind, args, optimizer, span))
     except (ValueError, TypeError, KeyError) as e:
         if isinstance(e, StudioError): raise
