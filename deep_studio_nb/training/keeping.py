@@ -76,9 +76,7 @@ def best_rows(
     rows = [o for o in rows if math.isfinite(o.get(monitor.name, math.nan))]
     return sorted(rows, key=lambda o: o[monitor.name]*(1 if monitor.mode=="min" else -1))[:k]
 
-# %% ../../nbs/30_training/39c_keeping.ipynb #4eeb4dab
-_log = get_logger("training")
-
+# %% ../../nbs/30_training/39c_keeping.ipynb #402f2851
 class Keeping(Callback):
     "Keep checkpoints by a pattern: what is common to all ways of keeping."
     def __init__(self,
@@ -88,14 +86,8 @@ class Keeping(Callback):
         self.pattern,self.kept,self.stale = pattern,[],[]       # files and their values: those to keep, and those to go
         self._checked = False
 
-    def before_fit(self, trainer):
-        if trainer.folder is None and not getattr(trainer, "fast_dev_run", False): _log.warning("`%s` keeps nothing, since the run has no `folder`.", self.name)
-        if (columns := trainer._columns()) is not None: self._check(trainer, columns)
-        self._tidy(trainer)
-
     def before_epoch(self, trainer): self._tidy(trainer)
     def after_fit(self, trainer): self._tidy(trainer)
-
     def state_dict(self)->dict: return {k: [dict(o) for o in getattr(self, k)] for k in ("kept", "stale")}
     def load_state_dict(self, state:dict): self.kept,self.stale = ([dict(o) for o in state[k]] for k in ("kept", "stale"))
     def __repr__(self): return f"{self.name}({self.pattern!r})"
@@ -131,7 +123,27 @@ def _tidy(self:Keeping, trainer:Any):
         if o["file"] not in held: (trainer.folder/o["file"]).unlink(missing_ok=True)
     self.stale = []
 
-# %% ../../nbs/30_training/39c_keeping.ipynb #b20d0c29
+# %% ../../nbs/30_training/39c_keeping.ipynb #91212d63
+_log = get_logger("training")
+
+@patch
+def before_fit(self:Keeping, trainer:Any):
+    if trainer.folder is None and not getattr(trainer, "fast_dev_run", False): _log.warning("`%s` keeps nothing, since the run has no `folder`.", self.name)
+    if (columns := trainer._columns()) is not None: self._check(trainer, columns)
+    self._tidy(trainer)
+
+@patch
+def after_batch(self:Keeping, trainer:Any):
+    if not self._checked: self._check(trainer, list(trainer.meter.compute()))
+
+@patch
+def _check(self:Keeping, trainer:Any, columns:list[str]):
+    "Check the pattern against the values of an epoch: `columns` of the train split, and those of the valid split."
+    valid = [f"val_{o}" for o in columns] if trainer.valid_loader is not None else []
+    check_pattern(self.pattern, ["epoch", "steps", *columns, *valid, "lr", "seconds"], self.name)
+    self._checked = True
+
+# %% ../../nbs/30_training/39c_keeping.ipynb #cee51718
 @CALLBACKS.register
 class KeepBest(Keeping):
     "Keep the checkpoints of the `k` best epochs."
@@ -144,38 +156,36 @@ class KeepBest(Keeping):
         if isinstance(k, bool) or not isinstance(k, int) or k<1: raise ConfigError(f"`k` of `KeepBest` is {k!r}, wanted a whole number, 1 or more.")
         self.k,self.monitor = k,None if monitor is None else Monitor(monitor)
 
-    def before_fit(self, trainer):
-        self.monitor = self.monitor or trainer.monitor
-        if self.monitor is None: raise ConfigError("`KeepBest` needs something to watch, but `monitor` of the run is `off`. Give `KeepBest` a `monitor` of its own, such as `min val_loss`.")
-        value = "" if set(self.monitor.name)&set("{}:!") else f"_{{{self.monitor.name}:.4f}}"
-        self.pattern = self.pattern or "epoch_{epoch:03d}"+value
-        super().before_fit(trainer)
-
     def _check(self, trainer:Any, columns:list[str]):
-        "Check what decides and the pattern, against the values that an epoch will have."
-        valid = [f"val_{o}" for o in columns] if trainer.valid_loader is not None else []
+        "Check what decides, and the pattern."
         check_monitor(self.monitor, columns, trainer.valid_loader is not None)
-        check_pattern(self.pattern, ["epoch", "steps", *columns, *valid, "lr", "seconds"], self.name)
-        self._checked = True
+        super()._check(trainer, columns)
 
-    def after_batch(self, trainer):
-        if not self._checked: self._check(trainer, list(trainer.meter.compute()))
+# %% ../../nbs/30_training/39c_keeping.ipynb #aa72b971
+@patch
+def before_fit(self:KeepBest, trainer:Any):
+    self.monitor = self.monitor or trainer.monitor
+    if self.monitor is None: raise ConfigError("`KeepBest` needs something to watch, but `monitor` of the run is `off`. Give `KeepBest` a `monitor` of its own, such as `min val_loss`.")
+    value = "" if set(self.monitor.name)&set("{}:!") else f"_{{{self.monitor.name}:.4f}}"
+    self.pattern = self.pattern or "epoch_{epoch:03d}"+value
+    super(KeepBest, self).before_fit(trainer)
 
-    def after_epoch(self, trainer):
-        row = {"steps": trainer.steps, **trainer.history[-1], "file": None}
-        best = best_rows([*self.kept, row], self.monitor, self.k)
-        if not any(o is row for o in best): return
-        self._drop({o["file"] for o in self.kept}-{o["file"] for o in best})
-        self._keep(trainer, row)
+@patch
+def after_epoch(self:KeepBest, trainer:Any):
+    row = {"steps": trainer.steps, **trainer.history[-1], "file": None}
+    best = best_rows([*self.kept, row], self.monitor, self.k)
+    if not any(o is row for o in best): return
+    self._drop({o["file"] for o in self.kept}-{o["file"] for o in best})
+    self._keep(trainer, row)
 
-# %% ../../nbs/30_training/39c_keeping.ipynb #99212a0f
+# %% ../../nbs/30_training/39c_keeping.ipynb #194a1a7b
 @CALLBACKS.register
 class KeepEvery(Keeping):
     "Keep a checkpoint every so many epochs or steps."
     def __init__(self,
         epochs:int|None=None, # Epochs between two
         steps:int|None=None, # Or steps of the whole run between two
-        pattern:str|None=None, # File name; fields are epoch, step and steps, and between epochs the epoch's values
+        pattern:str|None=None, # File name; fields are epoch, step and steps, or by epochs those of an epoch
         last:int|None=None # Keep only so many, the newest; None keeps all
     ):
         super().__init__(pattern or ("epoch_{epoch:03d}" if steps is None else "step_{steps:06d}"))
@@ -184,20 +194,25 @@ class KeepEvery(Keeping):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value<1): raise ConfigError(f"`{name}` of `KeepEvery` is {value!r}, wanted a whole number, 1 or more.")
         self.epochs,self.steps,self.last = epochs,steps,last
 
-    def _check(self, trainer:Any, columns:list[str]):
-        "Check the pattern against the values that there will be."
-        valid = [f"val_{o}" for o in columns] if trainer.valid_loader is not None else []
-        check_pattern(self.pattern, ["epoch", "step", "steps"] if self.steps else ["epoch", "steps", *columns, *valid, "lr", "seconds"], self.name)
-        self._checked = True
+# %% ../../nbs/30_training/39c_keeping.ipynb #7c6e6bc2
+@patch
+def _check(self:KeepEvery, trainer:Any, columns:list[str]):
+    "Check the pattern against the values that there will be."
+    if not self.steps: return super(KeepEvery, self)._check(trainer, columns)
+    check_pattern(self.pattern, ["epoch", "step", "steps"], self.name)
+    self._checked = True
 
-    def after_batch(self, trainer):
-        if not self._checked: self._check(trainer, [] if self.steps else list(trainer.meter.compute()))
-        if self.steps and trainer.steps%self.steps==0: self._next(trainer, {"epoch": trainer.epoch, "step": trainer.step, "steps": trainer.steps})
+@patch
+def after_batch(self:KeepEvery, trainer:Any):
+    super(KeepEvery, self).after_batch(trainer)
+    if self.steps and trainer.steps%self.steps==0: self._next(trainer, {"epoch": trainer.epoch, "step": trainer.step, "steps": trainer.steps})
 
-    def after_epoch(self, trainer):
-        if self.epochs and trainer.epoch%self.epochs==0: self._next(trainer, {"steps": trainer.steps, **trainer.history[-1]})
+@patch
+def after_epoch(self:KeepEvery, trainer:Any):
+    if self.epochs and trainer.epoch%self.epochs==0: self._next(trainer, {"steps": trainer.steps, **trainer.history[-1]})
 
-    def _next(self, trainer:Any, values:dict):
-        "Keep one more."
-        self._keep(trainer, values)
-        if self.last: self._drop(o["file"] for o in self.kept[:-self.last])
+@patch
+def _next(self:KeepEvery, trainer:Any, values:dict):
+    "Keep one more."
+    self._keep(trainer, values)
+    if self.last: self._drop([o["file"] for o in self.kept[:-self.last]])
