@@ -99,7 +99,7 @@ def freeze_plan(
         if v is not None and (isinstance(v, bool) or not isinstance(v, int) or v<1): raise ConfigError(f"`{k}` in `Freeze` has {v!r} epochs, wanted a whole number, 1 or more, or nothing for the whole run.")
     return {k: math.inf if v is None else v for k,v in plan.items()}
 
-# %% ../../nbs/30_training/39e_freezing.ipynb #3b8e53dd
+# %% ../../nbs/30_training/39e_freezing.ipynb #eb8cc822
 _log = get_logger("training")
 
 @CALLBACKS.register
@@ -111,31 +111,27 @@ class Freeze(Callback):
         but:str|list=() # What learns nevertheless, such as "*.bn*"
     ):
         self.plan,self.but = freeze_plan(parts, epochs),[but] if isinstance(but, str) else list(but)
-        self._until,self._norms,self._now,self._sums = {},{},None,{}
-
-    def before_fit(self, trainer):
-        model = trainer.model
-        spared,params = {k for o in self.but for k in named(model, o)},dict(model.named_parameters())
-        found = [(k, until) for o,until in self.plan.items() for k in named(model, o) if k not in spared and params[k].requires_grad]
-        self._until = {k: max(u for n,u in found if n==k) for k,_ in found}
-        self._check(trainer, params)
-        self._now = None
-        self._apply(trainer)
-
-    def before_epoch(self, trainer): self._apply(trainer)
-
-    def before_batch(self, trainer):
-        for o in self._norms.values():
-            if o.training: o.eval()
-
-    def after_epoch(self, trainer): self._prove(trainer)
-
-    def after_fit(self, trainer):
-        _switch(trainer.model, self._until, (), True)
-        for o in self._norms.values(): o.train(trainer.model.training)
-        self._norms,self._sums = {},{}
+        self._until,self._norms,self._now,self._sums = {},{},None,{}    # parameter -> last epoch; norms and names that are frozen now; their checksums
 
     def __repr__(self): return f"Freeze({', '.join(self.plan)})"
+
+    def _look_up(self, model:nn.Module):
+        "Find out which parameters are meant, and until when."
+        spared,params,self._until = {k for o in self.but for k in named(model, o)},dict(model.named_parameters()),{}
+        for pattern,until in self.plan.items():
+            for k in named(model, pattern):
+                if k not in spared and params[k].requires_grad: self._until[k] = max(until, self._until.get(k, 0))
+
+# %% ../../nbs/30_training/39e_freezing.ipynb #388856cd
+@patch
+def _check(self:Freeze, trainer:Any):
+    "Refuse what could not end well."
+    params = dict(trainer.model.named_parameters())
+    if not any(p.requires_grad for k,p in params.items() if trainer.epoch>self._until.get(k, 0)):
+        raise ConfigError(f"`Freeze` leaves nothing to train in epoch {trainer.epoch}: all parameters of `{type(trainer.model).__name__}` are frozen. Leave the head out.")
+    held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    if lost := [k for k,until in self._until.items() if until<trainer.epochs and id(params[k]) not in held]:
+        raise ConfigError(f"The optimizer does not hold {listed(lost, 3)}, so they would not learn after they are unfrozen. Make it of all parameters.")
 
 # %% ../../nbs/30_training/39e_freezing.ipynb #e4773929
 @patch
@@ -163,19 +159,30 @@ def _tensors(self:Freeze, model:nn.Module)->dict[str,Tensor]:
     params,stats = dict(model.named_parameters()),{f"{k}.{n}": v for k,o in self._norms.items() for n,v in o.named_buffers(recurse=False)}
     return {k: params[k] for k in self._now} | stats
 
-# %% ../../nbs/30_training/39e_freezing.ipynb #4de18182
+# %% ../../nbs/30_training/39e_freezing.ipynb #70a8c850
 @patch
-def _check(self:Freeze, trainer:Any, params:dict[str,Tensor]):
-    "Refuse what could not end well: nothing to train, or something to train that the optimizer does not know."
-    if not any(p.requires_grad for k,p in params.items() if trainer.epoch>self._until.get(k, 0)):
-        raise ConfigError(f"`Freeze` leaves nothing to train in epoch {trainer.epoch}: all parameters of `{type(trainer.model).__name__}` are frozen. Leave the head out.")
-    held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
-    if lost := [k for k,until in self._until.items() if until<trainer.epochs and id(params[k]) not in held]:
-        raise ConfigError(f"The optimizer does not hold {listed(lost, 3)}, so they would not learn after they are unfrozen. Make it of all parameters.")
+def before_fit(self:Freeze, trainer:Any):
+    self._look_up(trainer.model)
+    self._check(trainer)
+    self._now = None
+    self._apply(trainer)
 
 @patch
-def _prove(self:Freeze, trainer:Any):
-    "Raise if anything frozen has changed."
+def before_epoch(self:Freeze, trainer:Any): self._apply(trainer)
+
+@patch
+def before_batch(self:Freeze, trainer:Any):
+    for o in self._norms.values():
+        if o.training: o.eval()
+
+@patch
+def after_epoch(self:Freeze, trainer:Any):
     now = checksums(self._tensors(trainer.model))
     if changed := [k for k,v in self._sums.items() if now[k]!=v]:
         raise RunError(f"{listed(changed, 3)} should be frozen, but changed in epoch {trainer.epoch}. Does the model, a callback or an optimizer of your own write to it?")
+
+@patch
+def after_fit(self:Freeze, trainer:Any):
+    _switch(trainer.model, self._until, (), True)
+    for o in self._norms.values(): o.train(trainer.model.training)
+    self._norms,self._sums = {},{}
