@@ -9,7 +9,7 @@ from deep_studio_nb.data.tensors import Tensors
 from deep_studio_nb.training.checkpoints import load_checkpoint, weights_for_use
 from deep_studio_nb.training.events import Callback, When
 from deep_studio_nb.training.trainer import Trainer
-from training_toy import EPOCHS, STEPS, assert_same, data, rows, stop_at, trainer, weights
+from training_toy import STEPS, assert_same, data, rows, stop_at, trainer, weights
 
 SGD = dict(optimizer={'type': 'SGD', 'args': {'lr': 0.1, 'momentum': 0.9}}, scheduler=None)
 
@@ -174,7 +174,7 @@ def test_out_of_memory_later_in_a_group(when):
     for k,v in whole.model.state_dict().items(): assert torch.allclose(v, t.model.state_dict()[f'net.{k}'], atol=1e-6)
 
 def test_the_parts_are_in_the_checkpoint(tmp_path):
-    first = run(plain(model=Small(4), folder=tmp_path, callbacks=[stop_at(3)]))
+    run(plain(model=Small(4), folder=tmp_path, callbacks=[stop_at(3)]))
     again = plain(model=Small(4), folder=tmp_path).load(tmp_path)
     assert again.micro==4
     whole = run(plain(model=Small(4)))
@@ -274,7 +274,6 @@ def test_a_machine_without_a_compiler(said, monkeypatch):
 @pytest.mark.parametrize('own', [False, True])
 def test_compiled_without_kernels(monkeypatch, own):
     "Traced and run as it is: the same bits, for a plain model and for one that scores itself; what is saved has the model's own names."
-    from functools import partial
     class Scored(nn.Module):
         def __init__(self):
             super().__init__()

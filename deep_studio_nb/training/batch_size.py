@@ -93,9 +93,13 @@ class BatchSizes:
     too_large:int|None=None # The smallest size that did not fit, or was not tried because it would not
 
     @property
-    def largest(self)->int: return self.rows[-1]["size"]
+    def largest(self)->int:
+        "Give the largest size that fits."
+        return self.rows[-1]["size"]
+
     @property
     def best(self)->int:
+        "Give the smallest size that is nearly as fast as any."
         top = max(o["samples_per_second"] for o in self.rows)
         return next(o["size"] for o in self.rows if o["samples_per_second"]>=0.95*top)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from ..common.errors import DataError, RunError, StudioError, listed
 from ..common.files import atomic_path
-from .passes import size_of
 from .steps import scale_gradients
 
 # %% ../../nbs/30_training/37f_nan_guard.ipynb #79468b43
