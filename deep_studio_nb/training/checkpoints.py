@@ -53,10 +53,11 @@ def save_checkpoint(
     "Write `state`, read it back, and only then give it its name."
     path = Path(path)
     with atomic_path(path) as draft:
+        draft.touch()   # torch's writer would not say why it may not
         try: torch.save({"format": FORMAT, "version": VERSION, **state}, draft)
         except (pickle.PicklingError, AttributeError, TypeError) as e: raise _refusal(state, e) from None
         except RuntimeError as e: # torch's writer does not say OSError when the disk is full
-            raise RunError(f"`{path}` could not be written: {_first_line(e)}. Look for space ({shutil.disk_usage(path.parent).free//2**20} MiB are free) "
+            raise RunError(f"`{path}` could not be written: the disk did not take all of it. Look for space ({shutil.disk_usage(path.parent).free//2**20} MiB are free) "
                            "and permissions; the file of that name, if there was one, is as it was.") from e
         _read_back(draft, state)
     return path
