@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from deep_studio_nb.common.errors import RunError
 from deep_studio_nb.common.randomness import rng_state, seed_all, set_rng_state
+from deep_studio_nb.training.averaging import EMA
 from deep_studio_nb.training.checkpoints import load_checkpoint
 from deep_studio_nb.training.events import When
+from deep_studio_nb.training.mixing import Mixup
 from deep_studio_nb.training.trainer import Trainer, validate
 from training_toy import EPOCHS, STEPS, assert_same, rows, stop_at, trainer
 
@@ -270,3 +272,25 @@ def test_rows_come_as_they_are_made():
     assert len(run.history)==1 and run.status=='running' and 'epoch 2 of 4' in repr(run)
     go.set()
     assert rows(t)[0]['epoch']==1 and len(run.wait())==EPOCHS
+
+@pytest.mark.parametrize('more', [dict(accumulate=4, clip_norm=0.5, callbacks=[EMA.__name__]), dict(precision='bf16', callbacks=[Mixup.__name__]), dict(scheduler={'type': 'ReduceLROnPlateau'}, optimizer={'type': 'SGD', 'args': {'lr': 0.1, 'momentum': 0.9}})],
+                         ids=['accumulate', 'bf16', 'plateau'])
+def test_techniques_in_the_background(tmp_path, more):
+    want = trainer(**more)
+    want.train()
+    cut = dict(more, callbacks=[*more.get('callbacks', ()), stop_at(STEPS+2)])
+    t = trainer(folder=tmp_path, **cut)
+    with drawing():
+        t.train(background=True).wait()
+        assert t.stopped
+        t.train(background=True).wait()
+    assert_same(t, want)
+
+def test_a_model_is_free_after_its_training():
+    import gc, weakref
+    t = trainer()
+    t.train(background=True).wait()
+    gone = weakref.ref(t.model)
+    del t
+    for _ in range(3): gc.collect()
+    assert gone() is None
