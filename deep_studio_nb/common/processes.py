@@ -63,6 +63,7 @@ def begin(
     backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() and dist.is_nccl_available() else 'gloo'
     try: dist.init_process_group(backend, timeout=minutes and timedelta(minutes=minutes))
     except (RuntimeError,ValueError) as e: raise RunError(_not_joined(e)) from e
+    if not is_main(): logging.getLogger('deep_studio_nb').addHandler(logging.NullHandler())   # what all would say is said by the first
     return started()
 
 def _not_joined(e:Exception)->str:

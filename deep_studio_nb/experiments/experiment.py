@@ -18,7 +18,7 @@ from ..common.devices import describe_device, pick_device, using_threads
 from ..common.errors import RunError
 from ..common.logs import get_logger, logging_to
 from ..common.pictures import save_picture
-from ..common.processes import is_main, world
+from ..common.processes import begin, is_main, world
 from ..common.registry import TRACKERS
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.results import show_confusion, show_results
@@ -29,7 +29,7 @@ from .recorder import Recorder, records_kept, repeat
 from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run, now, this_process
 from .summary import near_path, run_summary
-from .together import check_apart, follow, join_run, meet, places, put_together
+from .together import check_apart, follow, meet, places, put_together
 from .trackers import Trackers
 from ..training.background import Running, in_background, refuse_second
 from ..training.base_trainer import BaseTrainer
@@ -47,7 +47,7 @@ class Experiment:
         name:str|None=None, # Name of the run folder, instead of the config's
         device:str|None=None # auto, cpu, cuda, cuda:1 ..., instead of the config's
     ):
-        join_run()
+        begin()
         learn_names()
         extra = [f'{k}={json.dumps(v, ensure_ascii=False)}' for k,v in dict(name=name, device=device).items() if v is not None]
         self.cfg = Config.read(config, *overrides, *extra)

@@ -246,7 +246,7 @@ def _run_epoch(self:BaseTrainer):
 def _batches(self:BaseTrainer)->Iterator:
     "Give the batches of the epoch that are still to come."
     batches = rest_of(self.loader, self.step, self._skipped)
-    if self.peers is not None: batches = self.peers.train_pass(self, batches)
+    if self.peers is not None: batches = self.peers.train_pass(self, batches, self._rng)
     elif self._rng is not None: set_rng_state(self._rng)
     self._rng,self._skipped = None,0
     yield from batches

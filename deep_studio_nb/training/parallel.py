@@ -6,7 +6,7 @@
 __all__ = ['STRATEGIES', 'is_divided', 'share_loader', 'Peers', 'find_peers', 'Pass', 'reached', 'no_room']
 
 # %% ../../nbs/30_training/37g_parallel.ipynb #723c0bfb
-import itertools, warnings
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from inspect import signature
@@ -152,14 +152,14 @@ def share(self:Peers,
 @patch
 def train_pass(self:Peers,
     trainer:Any, # The trainer that goes through the batches
-    batches:Iterator # This process's share of what is left of the epoch
+    batches:Iterator, # This process's share of what is left of the epoch
+    rng:dict|None # Random numbers of this process at that place; None at the beginning of an epoch
 )->Iterator: # In step with the others
     "Go through the batches of an epoch."
     self.look(trainer.model)
     first = next(batches, _END)
-    if trainer._rng is not None: set_rng_state(trainer._rng)
+    if rng is not None: set_rng_state(rng)
     elif self.rank: seed_all(trainer.seed, "epoch", trainer.epoch, "rank", self.rank, "step", trainer.step)
-    trainer._rng = None
     batches = itertools.chain(() if first is _END else (first,), batches)
     yield from self.in_step(batches, asked=lambda: (trainer._stop, bool(trainer._asked)), save=trainer._save_asked, keep=not hasattr(trainer.train_loader, "for_process"))
     trainer._stop = trainer._stop or self.stop
@@ -225,7 +225,6 @@ def _leaves_out(self:Peers, model:nn.Module, batch:Any)->bool:
 def _wrapped(self:Peers, model:nn.Module, batch:Any)->nn.Module:
     "Put DDP around the pass."
     out = self._leaves_out(model, batch)
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")   # it cannot be known beforehand
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(nn.parallel.DistributedDataParallel).parameters else "broadcast_buffers"   # its name before PyTorch 2.14
     return nn.parallel.DistributedDataParallel(Pass(model, self._net), find_unused_parameters=out, **{buffers: False})
 

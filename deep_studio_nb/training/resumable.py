@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..common.errors import RunError
 from ..common.logs import get_logger
-from ..common.processes import agreed, is_main
+from ..common.processes import agreed, gathered, is_main
 from ..common.randomness import rng_state
 from .background import refuse_second
 from .checkpoints import find_checkpoint, load_checkpoint, weights_for_use
@@ -132,7 +132,8 @@ def _write_late(self:Resumable, state:dict):
 @patch
 def _save_asked(self:Resumable, first:Iterable[str]=(), last:Iterable[str]=()):
     "Save the state under the names that were asked for, and those in `first` and `last`."
-    names,self._asked = [*first, *sorted(self._asked), *last],set()
+    asked = self._asked if self.peers is None else set().union(*gathered(self._asked))
+    names,self._asked = [*first, *sorted(asked), *last],set()
     if not names or self.folder is None: return
     try: self._write(names, self.state_dict())
     except RunError:
