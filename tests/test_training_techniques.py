@@ -4,9 +4,11 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from deep_studio_nb.common.config import Config
 from deep_studio_nb.common.errors import ConfigError
 from deep_studio_nb.common.processes import in_processes
 from deep_studio_nb.data.loaders import BaseDataLoader
+from deep_studio_nb.experiments.build import learn_names
 from deep_studio_nb.training.averaging import EMA, SWA, averageable
 from deep_studio_nb.training.callbacks import StopAfter
 from deep_studio_nb.training.checkpoints import load_checkpoint, load_model_state, weights_for_use
@@ -224,3 +226,17 @@ def test_the_same_in_two_processes(tmp_path, strategy, name):
     assert {o.name for o in (tmp_path/'one').iterdir()}=={o.name for o in (tmp_path/'two').iterdir()}
     a, b = (load_checkpoint(tmp_path/o/'last.pt')['averaged'] or {} for o in ('one', 'two'))
     assert a.keys()==b.keys() and all(torch.allclose(v, b[k], atol=1e-5) for k,v in a.items())
+
+SPECS = ['[{type: EMA, args: {decay: 0.99, warmup: false}}]', '[{type: SWA, args: {start: 0.5}}]', '[{type: SWA, args: {start: 3}}]', '[Mixup, CutMix]', '[{type: Mixup, args: {alpha: 0.3, p: 0.5}}]',
+         '[{type: KeepBest, args: {k: 2, pattern: "epoch_{epoch:03d}_{val_loss:.4f}"}}, {type: KeepEvery, args: {epochs: 2, last: 3}}]', '[Profile]', '[{type: Freeze, args: {parts: blocks, epochs: 2}}]',
+         '[{type: Freeze, args: {parts: {blocks.0: null, blocks.1: 2}, but: ["*.1"]}}]']
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_in_a_config(spec):
+    learn_names()
+    Config.load('configs/quickstart.yaml', f'callbacks={spec}').check()
+
+def test_a_mistake_in_a_config_is_found():
+    learn_names()
+    with pytest.raises(ConfigError, match='did you mean `decay`'): Config.load('configs/quickstart.yaml', 'callbacks=[{type: EMA, args: {deacy: 0.99}}]').check()
+    with pytest.raises(ConfigError, match='did you mean `Mixup`'): Config.load('configs/quickstart.yaml', 'callbacks=[MixUp]').check()

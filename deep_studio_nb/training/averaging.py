@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..common.devices import to_device
 from ..common.errors import ConfigError
@@ -58,14 +59,10 @@ def begin_average(
     own:dict[tuple,Tensor] = {}
     return {k: own.setdefault((own_piece(v).data_ptr(), v.shape), v.to(torch.promote_types(v.dtype, torch.float32), copy=True)) for k,v in now.items()}
 
-# %% ../../nbs/30_training/39a_averaging.ipynb #f9a2b45a
+# %% ../../nbs/30_training/39a_averaging.ipynb #741a8c1a
 class Averaging(Callback):
     "Keep averaged weights: what is common to all ways of averaging."
     def __init__(self): self.average,self.count = None,0        # tensors by name, or None; how often weights went in
-
-    def before_fit(self, trainer):
-        both = [f"`{o.name}`" for o in trainer.callbacks if hasattr(o, "averaged")]
-        if len(both)>1: raise ConfigError(f"{' and '.join(both)} both average the weights, and only one average can be in use. Remove all but one.")
 
     def averaged(self)->dict[str,Tensor]|None: # Named as in `model.state_dict()`; None if there is no average yet
         "Return the weights that are to be used instead of the model's own."
@@ -77,16 +74,24 @@ class Averaging(Callback):
         self.count = state["count"]
         self.average = None if state["average"] is None else begin_average(state["average"])
 
-    def before_epoch(self, trainer):
-        self._now = averageable(trainer.model)
-        if self.average is None or all(v.device==self.average[k].device for k,v in self._now.items()): return
-        self.average = begin_average({k: v.to(self._now[k].device) for k,v in self.average.items()})
+# %% ../../nbs/30_training/39a_averaging.ipynb #c6a36d07
+@patch
+def before_epoch(self:Averaging, trainer:Any):
+    self._now = averageable(trainer.model)
+    if self.average is None or all(v.device==self.average[k].device for k,v in self._now.items()): return
+    self.average = begin_average({k: v.to(self._now[k].device) for k,v in self.average.items()})
 
-    def _add(self, share:float):
-        "Take the weights of now in, which have `share` in the new average."
-        if self.average is None: self.average = begin_average(self._now)
-        blend(self.average, self._now, share)
-        self.count += 1
+@patch
+def before_fit(self:Averaging, trainer:Any):
+    both = [f"`{o.name}`" for o in trainer.callbacks if hasattr(o, "averaged")]
+    if len(both)>1: raise ConfigError(f"{' and '.join(both)} both average the weights, and only one average can be in use. Remove all but one.")
+
+@patch
+def _add(self:Averaging, share:float):
+    "Take the weights of now in, which have `share` in the new average."
+    if self.average is None: self.average = begin_average(self._now)
+    blend(self.average, self._now, share)
+    self.count += 1
 
 # %% ../../nbs/30_training/39a_averaging.ipynb #fee5d62a
 @CALLBACKS.register
@@ -137,7 +142,7 @@ def _settle(norm:nn.Module, momentum:float|None, stats:dict[str,Tensor]):
     norm.momentum = momentum
     for k in names: getattr(norm, k).copy_(stats[k])
 
-# %% ../../nbs/30_training/39a_averaging.ipynb #0b091d6f
+# %% ../../nbs/30_training/39a_averaging.ipynb #ae4b2b2f
 @CALLBACKS.register
 class SWA(Averaging):
     "Use the mean of the weights at the end of each of the last epochs, with norm statistics taken anew."
@@ -151,26 +156,6 @@ class SWA(Averaging):
         if isinstance(batches, bool) or not isinstance(batches, int) or batches<1: raise ConfigError(f"`batches` of `SWA` is {batches!r}, wanted a whole number, 1 or more.")
         self.start,self.batches,self.last = start,batches,0
 
-    def before_validate(self, trainer): self._look(trainer)
-    def after_epoch(self, trainer): self._look(trainer)         # without validation
-
-    def _look(self, trainer:Any):
-        "Take the epoch's weights in, once."
-        first = self.start if isinstance(self.start, int) else int(self.start*trainer.epochs)+1
-        if trainer.epoch<max(first, self.last+1): return
-        self._add(1/(self.count+1))
-        self.last = trainer.epoch
-        self._renew(trainer)
-
-    def _renew(self, trainer:Any):
-        "Give the average the statistics of its own activations."
-        norms = [o for o in norms_of(trainer.model) if o.training]      # those of a frozen part stay
-        if not norms: return
-        with trainer.using_averaged(), undisturbed(trainer.train_loader) as batches:
-            renew_norms(trainer.model, islice(batches, self.batches), norms, trainer.device)
-            for k,v in averageable(trainer.model).items():
-                if k.endswith(("running_mean", "running_var")): self.average[k].copy_(v)
-
     def state_dict(self)->dict: return super().state_dict() | {"last": self.last}
 
     def load_state_dict(self, state:dict):
@@ -178,3 +163,29 @@ class SWA(Averaging):
         self.last = state["last"]
 
     def __repr__(self): return f"SWA(start={self.start})"
+
+# %% ../../nbs/30_training/39a_averaging.ipynb #b37cadf5
+@patch
+def _look(self:SWA, trainer:Any):
+    "Take the epoch's weights in, once."
+    first = self.start if isinstance(self.start, int) else int(self.start*trainer.epochs)+1
+    if trainer.epoch<max(first, self.last+1): return
+    self._add(1/(self.count+1))
+    self.last = trainer.epoch
+    self._renew(trainer)
+
+@patch
+def before_validate(self:SWA, trainer:Any): self._look(trainer)
+
+@patch
+def after_epoch(self:SWA, trainer:Any): self._look(trainer)
+
+@patch
+def _renew(self:SWA, trainer:Any):
+    "Give the average the statistics of its own activations."
+    norms = [o for o in norms_of(trainer.model) if o.training]      # those of a frozen part stay
+    if not norms: return
+    with trainer.using_averaged(), undisturbed(trainer.train_loader) as batches:
+        renew_norms(trainer.model, islice(batches, self.batches), norms, trainer.device)
+        for k,v in averageable(trainer.model).items():
+            if k.endswith(("running_mean", "running_var")): self.average[k].copy_(v)
