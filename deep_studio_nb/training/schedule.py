@@ -6,9 +6,12 @@
 __all__ = ['Schedule', 'counts_batches', 'set_rate']
 
 # %% ../../nbs/30_training/32d_schedule.ipynb #a85995bd
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from types import SimpleNamespace
 from fastcore.basics import patch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 from ..common.errors import CheckpointError, ConfigError
 from ..common.logs import get_logger
@@ -135,3 +138,28 @@ def too_short(self:Schedule,
     if end is None or end>=planned: return None
     unit,before = 'steps' if self.per_batch else 'epochs',' after its warm-up'*(self.warmup>0)
     return f"`{type(self.scheduler).__name__}` ends after {end} {unit}, but this run has {planned}{before}."
+
+# %% ../../nbs/30_training/32d_schedule.ipynb #9af47246
+def _stand_in(optimizer:Optimizer)->SimpleNamespace:
+    "What a scheduler needs of an optimizer."
+    def step(): "Move nothing."
+    step._wrapped_by_lr_sched = True   # else torch would warn that the optimizer was not stepped
+    return SimpleNamespace(param_groups=deepcopy([{k: v for k,v in g.items() if k!='params'} for g in optimizer.param_groups]), defaults=optimizer.defaults, step=step, _opt_called=True)
+
+@patch
+def ahead(self:Schedule,
+    epochs:int, # That are left, with the one at work
+    steps_per_epoch:int, # Steps of the optimizer in an epoch
+    value:Callable[[int],float]=lambda epoch: 1., # What would be monitored after each epoch, from 0; the default never gets better
+    done:int=0 # Steps of the epoch at work that are done
+)->list[list[float]]: # For each group of the optimizer the learning rate of each step
+    "Follow the schedule from where it stands, without moving it."
+    if self.scheduler is None: raise ConfigError("There is no scheduler, so the learning rate stays as it is. Name one under `lr_scheduler`.")
+    stand = _stand_in(self.scheduler.optimizer)
+    copy,res = deepcopy(self, {id(self.scheduler.optimizer): stand}),[[] for _ in stand.param_groups]
+    for epoch in range(epochs):
+        for _ in range(steps_per_epoch - (0 if epoch else done)):
+            for o,g in zip(res, stand.param_groups): o.append(float(g['lr']))
+            copy.after_batch()
+        copy.after_epoch(value(epoch))
+    return res

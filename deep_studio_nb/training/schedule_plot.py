@@ -5,12 +5,8 @@
 # %% ../../nbs/30_training/33b_schedule_plot.ipynb #4f59dfb5
 from __future__ import annotations
 from collections.abc import Callable, Mapping
-from copy import deepcopy
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 import torch
-from fastcore.basics import patch
-from ..common.errors import ConfigError
 from ..common.pictures import new_picture
 from .schedule import Schedule
 from .schedulers import build_scheduler
@@ -20,31 +16,6 @@ else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% auto #0
 __all__ = ['lr_path', 'draw_rates', 'plot_schedule', 'schedule_note']
-
-# %% ../../nbs/30_training/33b_schedule_plot.ipynb #d2fcc1c2
-def _stand_in(optimizer:torch.optim.Optimizer)->SimpleNamespace:
-    "What a scheduler needs of an optimizer."
-    def step(): "Move nothing."
-    step._wrapped_by_lr_sched = True   # else torch would warn that the optimizer was not stepped
-    return SimpleNamespace(param_groups=deepcopy([{k: v for k,v in g.items() if k!='params'} for g in optimizer.param_groups]), defaults=optimizer.defaults, step=step, _opt_called=True)
-
-@patch
-def ahead(self:Schedule,
-    epochs:int, # That are left, with the one at work
-    steps_per_epoch:int, # Steps of the optimizer in an epoch
-    value:Callable[[int],float]=lambda epoch: 1., # What would be monitored after each epoch, from 0; the default never gets better
-    done:int=0 # Steps of the epoch at work that are done
-)->list[list[float]]: # For each group of the optimizer the learning rate of each step
-    "Follow the schedule from where it stands, without moving it."
-    if self.scheduler is None: raise ConfigError("There is no scheduler, so the learning rate stays as it is. Name one under `lr_scheduler`.")
-    stand = _stand_in(self.scheduler.optimizer)
-    copy,res = deepcopy(self, {id(self.scheduler.optimizer): stand}),[[] for _ in stand.param_groups]
-    for epoch in range(epochs):
-        for _ in range(steps_per_epoch - (0 if epoch else done)):
-            for o,g in zip(res, stand.param_groups): o.append(float(g['lr']))
-            copy.after_batch()
-        copy.after_epoch(value(epoch))
-    return res
 
 # %% ../../nbs/30_training/33b_schedule_plot.ipynb #2423da65
 def lr_path(
