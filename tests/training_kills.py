@@ -23,11 +23,11 @@ IN_EPOCH = 'before_epoch', 'before_validate', 'after_validate', 'after_epoch'
 IN_WRITE = 'half', 'written', 'linked', 'replaced'
 KINDS = {'gathered': 'ours', 'threads': 'ours threads', 'processes': 'ours workers', 'torch': 'plain', 'torch workers': 'plain workers'}
 
-def build(plan, folder, callbacks=()):
+def build(plan, folder, more=()):
     "The trainer of a plan: settings of the trainer, and under `loader` what loads for it."
     settings = dict(plan)
-    kind, more = KINDS[settings.pop('loader', 'gathered')], settings.pop('callbacks', [])
-    return trainer(kind, **settings, folder=folder, callbacks=[{'type': 'SaveSteps', 'args': {'every': 2}}, *more, *callbacks])
+    kind, own = KINDS[settings.pop('loader', 'gathered')], settings.pop('callbacks', [])
+    return trainer(kind, **settings, folder=folder, callbacks=[{'type': 'SaveSteps', 'args': {'every': 2}}, *own, *more])
 
 def now(): os.kill(os.getpid(), signal.SIGKILL)
 

@@ -6,12 +6,12 @@
 __all__ = ['runs_of', 'is_busy', 'open_run', 'newest_checkpoint', 'open_line', 'what_changed', 'train_longer']
 
 # %% ../../nbs/50_experiments/53d_going_on.ipynb #b3ff9d12
-import json, os, re, shlex, socket
+import json, os, re, shlex
 from pathlib import Path
 from ..common.config import Config
 from ..common.errors import RunError
 from ..common.files import safe_name
-from .run_folder import RunFolder, this_process
+from .run_folder import RunFolder
 from .summary import near_path
 
 # %% ../../nbs/50_experiments/53d_going_on.ipynb #7aa4e44d

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 from fastcore.basics import patch
 from ..common.config import Config
 from ..common.errors import RunError, listed
