@@ -7,40 +7,34 @@ __all__ = ['BaseTrainer']
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #a48d58f7
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..common.devices import pick_device, using_threads
+from ..common.devices import pick_device
 from ..common.errors import RunError
-from ..common.logs import get_logger
-from ..common.processes import is_main, others_first
-from ..common.randomness import rng_state, seed_all, set_rng_state
+from ..common.randomness import seed_all, set_rng_state
+from .attended import Attended
 from .background import Running, in_background, refuse_second
 from .batches import begin_order, length_of, rest_of
-from .events import Callback, handlers, order_callbacks
+from .events import Callback
 from .history import History
 from .losses import build_loss
 from .metrics import build_metrics
-from .monitor import Monitor, check_given, pick_monitor
+from .monitor import check_given, pick_monitor
 from .optimizers import build_optimizer
 from .profiling import Profile
 from .parallel import find_peers
-from .progress import Progress, add_callback, all_callbacks
+from .progress import Progress, all_callbacks
 from .resumable import Resumable
 from .run_checks import check_run, plain_values, take_folder, whole_number
-from .run_lines import broken_loss, early_line, epoch_line, stopped_line
 from .schedulers import build_scheduler
 from .sharded import shard_model
-from .stopping import stop_signals
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #2fe7ae95
-_log = get_logger("training")
-
-class BaseTrainer(Resumable):
+class BaseTrainer(Attended, Resumable):
     "Run epochs and look after them: derive from it and write `_train_epoch(epoch)`, which returns the epoch's values by name."
     keeps_files = True  # a trial run of a few batches leaves none
     def __init__(self,
@@ -99,8 +93,7 @@ def _begin(self:BaseTrainer):
     "Set the counters of a training that has not begun."
     self.epoch = self.step = self.steps = 0     # number of the epoch at work, steps done in it, steps in all
     self.loss = None                            # () loss of the latest step
-    self.improved = self.stopped = False        # whether the latest epoch is the best; whether the run was stopped before its end
-    self._handlers,self._stop,self._warned = handlers([]),False,False
+    self._begin_attended()
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #a952810f
 @patch(as_prop=True)
@@ -117,11 +110,6 @@ def loader(self:BaseTrainer)->Iterable:
 def updates_per_epoch(self:BaseTrainer)->int|None:
     "Count the steps of the optimizer in an epoch; None if the loader does not know."
     return None if self.batches is None else -(-self.batches//self.accumulate)
-
-@patch(as_prop=True)
-def monitor(self:BaseTrainer)->Monitor|None:
-    "Return what decides which epoch is the best."
-    return self.history.monitor
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #a9015fc1
 @patch
@@ -176,19 +164,6 @@ def _finish(self:BaseTrainer):
     self._settle()
     if not self.stopped: self._end_with_best()
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #978556c5
-@patch(as_prop=True)
-def waited(self:BaseTrainer)->int:
-    "Count the epochs since the best one."
-    best = self.history.best()
-    return len(self.history) - (best["epoch"] if best else 0)
-
-@patch(as_prop=True)
-def left(self:BaseTrainer)->int:
-    "Count the epochs that are still to run; none after an early stop."
-    if self.early_stop and self.waited>=self.early_stop: return 0
-    return max(self.epochs-len(self.history), 0)
-
 # %% ../../nbs/30_training/38_base_trainer.ipynb #159aa73c
 @patch
 def _wire(self:BaseTrainer):
@@ -199,30 +174,6 @@ def _halted(self:BaseTrainer)->bool:
     "Say whether to stop here; asked after each batch. In the background this is where others have it rest."
     if self.apart is not None and self.model.training: self.apart.rest()
     return self._stop if self.peers is None else self.peers.stop
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #4056375e
-@patch
-@contextmanager
-def _running(self:BaseTrainer)->Iterator[None]:
-    "Keep the surroundings of a run in order: signals, random numbers, the first and last event."
-    self._handlers = handlers(order_callbacks(o for o in self.callbacks if is_main() or not isinstance(o, Progress)))
-    self._stop,self.stopped,self.epoch = False,False,min(len(self.history)+1, self.epochs)
-    kept = rng_state()
-    try:
-        with stop_signals(self.stop):
-            self._call("before_fit")
-            try:
-                self._wire()
-                with using_threads(self.threads): yield
-            except RuntimeError as e: raise others_first(e)
-            finally: self._call("after_fit")
-    finally: set_rng_state(kept)
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #b8597d2d
-@patch
-def _call(self:BaseTrainer, event:str):
-    "Tell the callbacks that `event` happens."
-    for handler in self._handlers[event]: handler(self)
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #f664c371
 @patch
@@ -265,36 +216,6 @@ def _end_epoch(self:BaseTrainer, values:dict[str,float]):
     self._report(row)
     self._keep_best()
     self._save_epoch()
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #c479d806
-@patch
-def _report(self:BaseTrainer, row:dict):
-    "Log an epoch's line, and once a warning if its loss is no number."
-    shown = any(isinstance(o, Progress) for o in self.callbacks)
-    _log.info("%s", epoch_line(row, self.epochs, self.improved), extra={"shown": shown})
-    if self._warned or (bad := broken_loss(row)) is None: return
-    self._warned = True
-    _log.warning("`%s` is %s in epoch %d. A lower learning rate, clipped gradients or a look at the inputs for NaN usually help.", bad, row[bad], row["epoch"])
-
-@patch
-def _say_why(self:BaseTrainer):
-    "Log why a run ended, if not because it was done."
-    if self.stopped: _log.warning("%s", stopped_line(self))
-    elif len(self.history)<self.epochs: _log.info("%s", early_line(self))
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #79c95154
-@patch
-def stop(self:BaseTrainer):
-    "Ask the run to end after the step at work, saving its state."
-    self._stop = True
-
-@patch
-def add(self:BaseTrainer,
-    callback:Callback|str|dict # Object, name or spec
-)->BaseTrainer: # The trainer itself
-    "Add a callback, in front of the progress display."
-    add_callback(self.callbacks, callback)
-    return self
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #4120278d
 @patch
