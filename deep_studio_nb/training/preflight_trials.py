@@ -22,7 +22,7 @@ from ..common.types import Loss
 from .batches import begin_order
 from .freezing import Freeze
 from .passes import as_channels_last, casting, forward_train, target_of
-from .schedulers import set_rate
+from .schedule import set_rate
 from .steps import clip_gradients, grads_of, make_scaler
 
 # %% ../../nbs/30_training/39f_preflight_trials.ipynb #3a41c847
