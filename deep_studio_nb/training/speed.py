@@ -45,7 +45,11 @@ class Bench:
         self.device = device or next(model.parameters()).device
         self.given,self.loss_fn,self.per_unit = (model, optimizer),loss_fn,1
         self.batches = {False: to_device(batch, self.device), True: as_channels_last(to_device(batch, self.device))}
-        self.copies,self.nets = {},{}
+        self.copies,self.nets,self.began = {},{},self.now()
+
+    def now(self)->float:
+        "Tell the time, in seconds."
+        return perf_counter()
 
 # %% ../../nbs/30_training/37j_speed.ipynb #70ede0a6
 @patch
@@ -220,7 +224,9 @@ _SHORT = 0.2    # seconds; a longer step needs none before it to warm up
 def once(self:Bench, switches:Switches)->float: # Seconds of a step
     "Take a first step, and a second one if the first was short."
     took = self.steps(switches, 1)
-    return took if took>_SHORT else self.steps(switches, 1)
+    self.one = took if took>_SHORT else self.steps(switches, 1)
+    self.per_unit = max(1, min(1000, round(0.01/self.one)))         # steps that take long enough to be timed
+    return self.one
 
 @patch
 def round(self:Bench, trials:list[Trial], backwards:bool):
@@ -251,26 +257,27 @@ def race(self:Bench,
     steps:int|None=None # Steps of the run; None if that is not known
 )->list[Trial]: # That of `base` first
     "Let settings compete, and return what was seen of each."
-    began,first,looked = perf_counter(),Trial(base),{}
-    self.one = self.once(base)
-    self.per_unit = max(1, min(1000, round(0.01/self.one)))         # steps that take long enough to be timed
-    def left(): return allowed_seconds(seconds, self.one, steps, max(looked.values(), default=1.))-(perf_counter()-began)
+    first,looked = Trial(base),{}
+    def room(share=1.): return share*allowed_seconds(seconds, self.one, steps, max(looked.values(), default=1.))-(self.now()-self.began)
     for o in tried:
-        if looked and left()<0: break
+        if looked and room(1/3)<0: break                            # the rest is for the final
         trial = Trial(o)
         looked[trial] = self.look(trial, first)
     best = sorted((o for o in looked if looked[o]>=1.05), key=lambda o: -looked[o])[:3]
+    while len(best)>1 and 3*self.per_unit*sum(min(o.seconds) for o in (first, *best))>room(): best.pop()
     for o in looked: o.note = o.note or "left behind"*(o not in best)
-    if best: self.final([first, *best], left)
+    if best: self.final([first, *best], room, fresh=len(looked)>1)
     return [first, *looked]
 
 @patch
-def final(self:Bench, trials:list[Trial], left:Callable[[],float], most:int=21):
-    "Let the best compete until time is up."
-    for o in trials: o.seconds,o.ratios = [],[]
-    for i in range(most):
-        if i>=3 and left()<0: return
-        self.round(trials, bool(i%2))
+def final(self:Bench, trials:list[Trial], room:Callable[[],float], fresh:bool=True, most:int=21):
+    "Let the best compete until time is up; what was seen before does not count if they are the best of many."
+    if fresh:
+        for o in trials: o.seconds,o.ratios = [],[]
+    while (n := len(trials[0].ratios))<most:
+        clear = n>=3 and len(trials)==2 and min(trials[1].ratios)>=1.3
+        if n>=3 and (clear or room()<0): return
+        self.round(trials, bool(n%2))
 
 # %% ../../nbs/30_training/37j_speed.ipynb #d7e6a7ec
 def _of(trials:list[Trial], switches:Switches)->Trial: return next(o for o in trials if o.switches==switches)
