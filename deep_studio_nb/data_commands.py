@@ -42,7 +42,7 @@ def _check_config(path, show, changes=None):
     "Report on the data of a config as its loader splits it; on its files where the dataset refuses them."
     from deep_studio_nb.common.config import Config
     from deep_studio_nb.common.registry import DATASETS, LOADERS
-    from deep_studio_nb.data.findings import Finding, Report
+    from deep_studio_nb.common.findings import Finding, Report
     from deep_studio_nb.data.plain_datasets import as_dataset
     from deep_studio_nb.data.report import check_data
     from deep_studio_nb.experiments.build import build_data, learn_names

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 from ..common.pictures import new_picture
 from ..common.tables import Table
-from .findings import Finding
+from ..common.findings import Finding
 from .samples import STAGES, natural_key
 
 if TYPE_CHECKING: from matplotlib.figure import Figure

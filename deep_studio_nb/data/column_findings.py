@@ -9,7 +9,7 @@ __all__ = ['roles_of', 'numbers_of', 'column_findings', 'target_findings']
 from typing import Any
 from .class_findings import name_variants
 from .columns import guess_role
-from .findings import Finding
+from ..common.findings import Finding
 from .report_rows import RowSet
 
 # %% ../../nbs/10_data/19k_column_findings.ipynb #f8aa64db

@@ -8,7 +8,7 @@ __all__ = ['same_groups', 'duplicate_findings', 'perceptual_hash', 'alike_enough
 # %% ../../nbs/10_data/19d_duplicates.ipynb #983b6aeb
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
-from .findings import Finding
+from ..common.findings import Finding
 
 if TYPE_CHECKING: from numpy import ndarray
 else: ndarray = 'ndarray'   # the documentation evaluates annotations

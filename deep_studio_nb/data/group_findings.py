@@ -9,7 +9,7 @@ __all__ = ['group_findings', 'guess_groups']
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from .findings import Finding
+from ..common.findings import Finding
 
 # %% ../../nbs/10_data/19f_group_findings.ipynb #13b447f0
 def group_findings(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..common.pictures import image_grid, new_picture
 from .class_findings import class_findings, count_classes, draw_counts, in_order
 from .duplicates import duplicate_findings, look_alikes, same_groups
-from .findings import Finding, Report
+from ..common.findings import Finding, Report
 from .group_findings import group_findings, guess_groups
 from .image_files import read_image
 from .picture_facts import PictureFacts, look_at_all, thumb_of

@@ -9,7 +9,7 @@ __all__ = ['strangeness', 'picture_findings']
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from .findings import Finding
+from ..common.findings import Finding
 from .picture_facts import PictureFacts
 
 if TYPE_CHECKING: from numpy import ndarray

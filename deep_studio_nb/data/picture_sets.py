@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from ..common.errors import DataError
-from .findings import Finding
+from ..common.findings import Finding
 from .image_files import IMAGE_SUFFIXES, is_hidden, list_images
 from .image_folder import find_splits
 from .samples import natural_key

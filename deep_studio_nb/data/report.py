@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..common.errors import DataError, listed
 from ..common.pictures import as_pixels
 from .array_files import split_named
-from .findings import Finding, Report
+from ..common.findings import Finding, Report
 from .image_dataset import ImageDataset
 from .image_files import is_hidden
 from .image_masks import ImageMasks

@@ -15,7 +15,7 @@ from ..common.errors import DataError
 from .array_files import split_named
 from .columns import ColumnSummary
 from .csv_files import is_missing
-from .findings import Finding
+from ..common.findings import Finding
 from .samples import STAGES
 from .table_files import TableFile
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from ..common.errors import DataError, listed
 from .column_findings import roles_of
-from .findings import Finding, Report
+from ..common.findings import Finding, Report
 from .image_files import IMAGE_SUFFIXES, list_images
 from .image_report import image_report
 from .picture_sets import PictureSet

@@ -17,7 +17,7 @@ from .class_findings import class_findings, count_classes, draw_counts, in_order
 from .column_findings import column_findings, numbers_of, roles_of, target_findings
 from .columns import Role, role_table
 from .duplicates import duplicate_findings
-from .findings import Finding, Report
+from ..common.findings import Finding, Report
 from .group_findings import group_findings
 from .report_rows import RowSet
 

@@ -15,7 +15,7 @@ from ..common.errors import DataError
 from ..common.pictures import new_picture
 from .class_findings import class_findings, count_classes, draw_counts, in_order
 from .duplicates import duplicate_findings
-from .findings import Finding, Report
+from ..common.findings import Finding, Report
 from .group_findings import group_findings
 from .report_rows import RowSet
 from .table_report import calmer, is_classes

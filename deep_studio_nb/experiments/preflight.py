@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from ..common.config import Config
 from ..common.devices import using_threads
 from ..common.errors import ConfigError
-from ..data.findings import Finding, Report
+from ..common.findings import Finding, Report
 from .experiment import Experiment
 from .verify_resume import ResumeReport, verify_resume
 from ..training import preflight  # noqa: F401  (gives trainers `preflight`)

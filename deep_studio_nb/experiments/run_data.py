@@ -16,7 +16,7 @@ from ..data.image_files import BadFile
 from ..data.loaders import BaseDataLoader
 from ..data.plain_datasets import as_dataset
 from ..data.report import report_of
-from ..data.findings import Report
+from ..common.findings import Report
 from ..data.samples import BaseDataset
 from ..data.split_files import save_split
 from .run_folder import RunFolder

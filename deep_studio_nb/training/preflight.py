@@ -24,7 +24,7 @@ from ..common.pictures import new_picture
 from ..common.processes import world
 from ..common.randomness import rng_state, seed_all, set_rng_state
 from ..common.tables import Table
-from ..data.findings import Finding, Report
+from ..common.findings import Finding, Report
 from .background import refuse_second
 from .batches import check_batches, length_of, undisturbed
 from .losses import loss_name

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ..common.errors import listed
-from ..data.findings import Finding
+from ..common.findings import Finding
 from .freezing import norms_in
 from .preflight_trials import Trial, floats_in
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from ..common.randomness import seed_all
-from ..data.findings import Finding
+from ..common.findings import Finding
 from . import schedule_plot  # noqa: F401  (lets schedules look ahead)
 from .batch_size import resized
 from .passes import size_of, target_of

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from ..common.devices import free_memory
 from ..common.errors import listed
 from ..common.randomness import seed_all
-from ..data.findings import Finding
+from ..common.findings import Finding
 from .batches import length_of
 from .passes import casting, evaluating, forward_test
 from .preflight_trials import Look, Trial, floats_in, look_at_batches, tensors_in

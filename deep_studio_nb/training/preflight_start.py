@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from ..common.types import Loss
-from ..data.findings import Finding
+from ..common.findings import Finding
 from .losses import LossSum, loss_name, loss_option
 from .passes import target_of
 from .preflight_layers import LayerLook
