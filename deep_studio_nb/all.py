@@ -24,11 +24,16 @@ from .common.building import *
 from .common.config import *
 from .common.randomness import *
 from .common.class_weights import *
+from .common.own_draws import *
+from .common.turns import *
 from .common.devices import *
+from .common.processes import *
+from .common.shares import *
 from .common.logs import *
 from .common.pictures import *
 from .common.tables import *
 from .common.drawn_tables import *
+from .common.findings import *
 
 # %% ../nbs/80_front/80_all.ipynb #22811a53
 from .data.contract import *
@@ -103,7 +108,6 @@ from .data.keeping import *
 from .data.streams import *
 from .data.base_loader import *
 from .data.loaders import *
-from .data.findings import *
 from .data.counting import *
 from .data.picture_facts import *
 from .data.duplicates import *
@@ -130,29 +134,73 @@ from .models.unet import *
 from .models.text import *
 from .models.table_net import *
 
-# %% ../nbs/80_front/80_all.ipynb #64419a7f
+# %% ../nbs/80_front/80_all.ipynb #d9dedaf2
+from .training.number_losses import *
+from .training.class_losses import *
+from .training.overlap_losses import *
+from .training.structure_losses import *
+from .training.contrastive_losses import *
 from .training.losses import *
+from .training.loss_checks import *
 from .training.metric_functions import *
 from .training.pixel_metrics import *
+from .training.torch_metrics import *
 from .training.running import *
 from .training.metrics import *
+from .training.parameter_groups import *
+from .training.muon import *
 from .training.optimizers import *
+from .training.rate_shapes import *
+from .training.schedule import *
 from .training.schedulers import *
 from .training.passes import *
+from .training.schedule_plot import *
+from .training.nets import *
 from .training.events import *
 from .training.monitor import *
 from .training.history import *
+from .training.live_curves import *
 from .training.run_lines import *
 from .training.views import *
 from .training.progress import *
+from .training.profiling import *
+from .training.background import *
+
+# %% ../nbs/80_front/80_all.ipynb #efc1e116
+from .training.sharded import *
 from .training.checkpoints import *
 from .training.stopping import *
 from .training.batches import *
 from .training.run_checks import *
 from .training.run_state import *
+from .training.steps import *
+from .training.nan_guard import *
+from .training.parallel import *
+from .training.saving import *
+from .training.switches import *
+from .training.speed import *
+from .training.resumable import *
+from .training.few_batches import *
+from .training.stepping import *
+from .training.batch_size import *
+from .training.attended import *
 from .training.base_trainer import *
 from .training.trainer import *
+from .training.lr_curve import *
+from .training.finder import *
 from .training.callbacks import *
+from .training.averaging import *
+from .training.mixing import *
+from .training.keeping import *
+from .training.freezing import *
+from .training.preflight_trials import *
+from .training.preflight_layers import *
+from .training.preflight_start import *
+from .training.preflight_learning import *
+
+# %% ../nbs/80_front/80_all.ipynb #ff201852
+from .training.preflight_plan import *
+from .training.preflight import *
 
 # %% ../nbs/80_front/80_all.ipynb #9e6f4086
 from .evaluation.rows import *
@@ -168,10 +216,16 @@ from .experiments.run_data import *
 from .experiments.build import *
 from .experiments.recorder import *
 from .experiments.summary import *
+from .experiments.going_on import *
+from .experiments.together import *
 from .experiments.experiment import *
 from .experiments.trained import *
 from .experiments.predict import *
 from .experiments.runs import *
+from .experiments.launch import *
+from .experiments.prints import *
+from .experiments.verify_resume import *
+from .experiments.preflight import *
 
 # %% ../nbs/80_front/80_all.ipynb #677a2894
 __all__ = [o for o in globals() if not o.startswith('_')]
