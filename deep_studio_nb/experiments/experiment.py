@@ -29,7 +29,7 @@ from .recorder import Recorder, records_kept, repeat
 from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run, now, this_process
 from .summary import near_path, run_summary
-from .together import check_apart, follow, meet, places, put_together
+from .together import check_apart, follow, meet, put_together, trained_on
 from .trackers import Trackers
 from ..training.background import Running, in_background, refuse_second
 from ..training.base_trainer import BaseTrainer
@@ -198,7 +198,7 @@ def _train(self:Experiment) -> str: # finished or stopped
     self._save_plan()
     self.folder.update(status='running', error=None, config=self.cfg.data, **this_process())
     self.recorder.trackers.start(self.folder.path, self.cfg.data)
-    get_logger('run').info('%s on %s, %s', self.folder.name, places(describe_device(self.device)), self.data.told())
+    get_logger('run').info('%s on %s, %s', self.folder.name, trained_on(describe_device(self.device)), self.data.told())
     if self.shows_pictures: self.data.train.save_samples(self.folder.path/'images')
     meet(self.trainer.folder)
     self.trainer.train()

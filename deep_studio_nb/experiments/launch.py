@@ -30,7 +30,7 @@ def _check_number(nproc:int):
 @contextmanager
 def _shared_cores(nproc:int)->Iterator[None]:
     "Give each of the processes that are started in the block its part of the cores; output comes at once."
-    new = {"OMP_NUM_THREADS": str(max(usable_cores()//nproc, 1)), "PYTHONUNBUFFERED": "1", "DEEP_STUDIO_NB_AGENT": "1"}
+    new = {"OMP_NUM_THREADS": str(max(usable_cores()//nproc, 1)), "PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "DEEP_STUDIO_NB_AGENT": "1"}
     new = {k: v for k,v in new.items() if k not in os.environ}
     os.environ.update(new)
     try: yield

@@ -22,10 +22,9 @@ from ..common.processes import agreed, all_sum, begin, gathered, rank, world
 from ..common.randomness import rng_state, seed_all, set_rng_state
 from ..common.shares import SharedBatches, part_of
 from ..common.types import Metrics
-from .batches import length_of
 from .metrics import Meter
 from .passes import size_of
-from .sharded import is_sharded, shard_model, spread_optimizer, spread_state, whole
+from .sharded import spread_optimizer, spread_state, whole
 
 # %% ../../nbs/30_training/37g_parallel.ipynb #60c76bf0
 class _Cut:
