@@ -41,9 +41,9 @@ def test_matrix(tmp_path, number, optimizer, scheduler, ema, accumulate):
     plan = dict(optimizer=OPTIMIZERS[optimizer], scheduler=SCHEDULERS[scheduler], callbacks=EMAS[ema], accumulate=accumulate, loader=LOADERS[number%5])
     check(plan, tmp_path, moments(number))
 
-MORE = dict(bf16=dict(precision='bf16'), clipped=dict(clip_norm=0.5), mixup=dict(callbacks=[spec('Mixup', alpha=0.4)]), cutmix_free=dict(callbacks=[spec('SWA')]),
+MORE = dict(bf16=dict(precision='bf16'), clipped=dict(clip_norm=0.5), mixup=dict(callbacks=[spec('Mixup', alpha=0.4)]), swa=dict(callbacks=[spec('SWA')]),
             warm_up=dict(scheduler=spec('CosineAnnealingLR', warmup_steps=5)), no_decay=dict(optimizer=spec('AdamW', lr=0.02, weight_decay=0.1, no_decay=['norm', 'bias'])),
-            best_three=dict(callbacks=[spec('KeepBest', k=2)]), f1=dict(metrics=['accuracy', 'f1_score']))
+            best_three=dict(callbacks=[spec('KeepBest', k=2)]), f1=dict(metrics=['accuracy', spec('F1Score', task='multiclass', num_classes=2)]))
 @pytest.mark.slow
 @pytest.mark.parametrize('name', MORE)
 def test_every_technique(tmp_path, name):

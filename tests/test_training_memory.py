@@ -35,7 +35,7 @@ def long_run(out, folder, loader):
     mp.set_start_method(None, force=True)      # workers are started as in a process of one's own
     seen = []
     look = When(after_epoch=lambda t: t.epoch%40==0 and seen.append(held()))
-    plan = dict(loader=loader, epochs=200, callbacks=[{'type': 'EMA', 'args': {'decay': 0.9}}], accumulate=2, metrics=['accuracy', 'f1_score'], save_period=0)
+    plan = dict(loader=loader, epochs=200, callbacks=[{'type': 'EMA', 'args': {'decay': 0.9}}], accumulate=2, metrics=['accuracy', {'type': 'F1Score', 'args': {'task': 'multiclass', 'num_classes': 2}}], save_period=0)
     training_kills.build(plan, Path(folder), [look]).train()
     out.send(seen)
 
@@ -75,7 +75,7 @@ def ten_experiments(out, folder):
         seen.append(held())
     out.send(seen)
 
-@pytest.mark.parametrize('target', [ten_runs, ten_experiments])
+@pytest.mark.parametrize('target', [ten_runs, pytest.param(ten_experiments, marks=pytest.mark.slow)])
 def test_ten_runs_in_one_process(tmp_path, target):
     seen = in_a_child(target, tmp_path)
     first, last = seen[3], seen[-1]
