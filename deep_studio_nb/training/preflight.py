@@ -30,7 +30,7 @@ from .batches import check_batches, length_of, undisturbed
 from .losses import loss_name
 from .metrics import Meter
 from .passes import evaluated, in_full, size_of, target_of
-from .preflight_layers import activation_findings, best_of, gradient_findings, norm_findings, reached, watch_layers
+from .preflight_layers import activation_findings, best_of, gradient_findings, learns_at, norm_findings, watch_layers
 from .preflight_learning import learning_curves, learning_findings
 from .preflight_plan import estimates, room_findings, schedule_findings, size_in_bytes, told_bytes, told_seconds, validation_findings, waiting_findings
 from .preflight_start import baseline, batch_findings, input_findings, output_findings, start_findings
@@ -44,12 +44,15 @@ else: Figure = 'Figure'   # the documentation evaluates annotations
 # %% ../../nbs/30_training/39k_preflight.ipynb #78088c46
 class _Stages:
     "Do the work of stages, and note which of them fails."
-    def __init__(self): self.findings = []
+    def __init__(self): self.findings,self.passed = [],set()
     def __call__(self, stage:str, work:Callable[[], Any])->Any: # What `work` returned; None if it failed
-        try: return work()
+        try: res = work()
         except Exception as e:
             if is_out_of_memory(e): self.findings.append(Finding('error', 'memory', f"Memory does not suffice for {stage}: {e}", stage, advice="Use a smaller `batch_size` with `accumulate`, or `precision: bf16`."))
             else: self.findings.append(Finding('error', *_told(e, stage), stage, advice='' if isinstance(e, StudioError) else _ADVICE.get(stage, '')))
+        else:
+            self.passed.add(stage)
+            return res
     @property
     def failed(self)->bool: return bool(self.findings)
 
@@ -102,7 +105,7 @@ def _first_pass(look:Look, stages:_Stages)->dict: # What the pass showed: `trial
     look.layers,seen['called'],(look.preds,losses) = out
     look.loss = float(losses.total.detach())
     if stages('the way back', lambda: trial.backward(losses.total) or True) is None: return seen
-    seen['gradients'].append(reached(trial.model))
+    seen['gradients'].append(learns_at(trial.model))
     if not math.isfinite(look.loss) or stages('a step of the optimizer', lambda: trial.move() or True) is None: return seen
     stages('the metrics', lambda: _score(t, in_full(look.preds), losses, batch))
     _more_steps(look, seen, stages)
@@ -128,7 +131,7 @@ def _more_steps(look:Look, seen:dict, stages:_Stages):
         began = _clock(trial.device)
         if stages('another step', lambda b=batch: trial.step(trial.placed(b)) or True) is None: return
         times.append(_clock(trial.device)-began)
-        seen['gradients'].append(reached(trial.model))
+        seen['gradients'].append(learns_at(trial.model))
     look.step_seconds = min(times)
     look.optimizer_bytes = size_in_bytes([*trial.optimizer.state.values()])
 
@@ -187,7 +190,6 @@ def _schedule(look:Look, seen:dict)->tuple[str,list[Finding]]:
     return type(t.scheduler.scheduler).__name__ if t.scheduler.scheduler is not None else 'constant rate', schedule_findings(t)
 
 def _validation(look:Look, seen:dict)->tuple[str,list[Finding]]:
-    if not look.valid: return 'none', []
     return 'loaded and asked twice', validation_findings(seen['trial'], look.trainer.valid_loader, look.trainer.seed)
 
 def _waiting(look:Look, seen:dict)->tuple[str,list[Finding]]:
@@ -195,7 +197,8 @@ def _waiting(look:Look, seen:dict)->tuple[str,list[Finding]]:
 
 _CHECKS = {'inputs': _inputs, 'initial loss': _start, 'activations': _layers, 'outputs': _outputs, 'gradients': _gradients, 'frozen norms': _norms,
            'schedule': _schedule, 'validation': _validation, 'workers': _waiting, 'learning': _learning}
-_NEED_LOSS = 'learning','workers'    # they make no sense without a loss that is a number
+_AFTER = {'inputs': 'loading a train batch', 'gradients': 'the way back', 'frozen norms': 'copying the model', 'schedule': 'copying the model',
+          'validation': 'validation', 'workers': 'another step', 'learning': 'a step of the optimizer'}    # the stage that a check needs, if not the forward pass
 
 # %% ../../nbs/30_training/39k_preflight.ipynb #8dea4121
 class _Line:
@@ -221,7 +224,7 @@ def _checked(look:Look, line:_Line)->tuple[list[Finding],Table]:
     rows.append(dict(check='one batch', result='failed' if stages.failed else 'through every stage', found=', '.join(dict.fromkeys(o.kind for o in stages.findings))))
     found = list(stages.findings)
     for name,check in _CHECKS.items():
-        if not (look.batches if name=='inputs' else look.layers and seen.get('gradients') if name=='gradients' else seen.get('trial') and (look.fine or name not in _NEED_LOSS) and (look.layers or name in ('schedule', 'validation', 'frozen norms'))): continue
+        if _AFTER.get(name, 'the forward pass') not in stages.passed: continue
         line.say(f'preflight: {name}')
         said,new = _tried(name, check, look, seen)
         rows.append(dict(check=name, result=said, found=', '.join(dict.fromkeys(o.kind for o in new))))

@@ -23,7 +23,7 @@ from ..common.randomness import seed_all
 from ..common.findings import Finding
 from .batches import length_of
 from .passes import casting, evaluating, forward_test
-from .preflight_trials import Look, Trial, floats_in, look_at_batches, tensors_in
+from .preflight_trials import Look, TrialRun, floats_in, look_at_batches, tensors_in
 
 # %% ../../nbs/30_training/39j_preflight_plan.ipynb #3c1abeaf
 def schedule_findings(
@@ -72,7 +72,7 @@ def _differ(a:Any, b:Any)->bool:
 
 # %% ../../nbs/30_training/39j_preflight_plan.ipynb #e547181b
 def validation_findings(
-    trial:Trial, # Its model is asked
+    trial:TrialRun, # Its model is asked
     loader:Any, # Of the validation split, within `undisturbed`
     seed:int=0
 )->list[Finding]: # random_validation
@@ -100,7 +100,7 @@ def waiting_findings(
     "Judge how the batches come."
     loader,cores,res = look.trainer.train_loader,cores or os.cpu_count() or 1,[]
     workers = getattr(loader, 'num_workers', 0)
-    waited = median(look.waited[1:] or [0.])
+    waited = min(look.waited[1:] or [0.])
     if workers==0 and isinstance(loader, DataLoader) and waited>max(0.02, look.step_seconds):
         res.append(Finding('warning', 'workers', f"A batch takes {1000*waited:.0f} ms to load and a step {1000*look.step_seconds:.0f} ms, so the model waits {waited/(waited+look.step_seconds):.0%} of the time. There are no workers, and {cores} cores.", 'data_loader', advice=f"Set `num_workers`, to {max(cores-1, 1)} perhaps, or keep what was decoded in memory."))
     if isinstance(workers, int) and workers>2*cores: res.append(Finding('warning', 'workers', f"{workers} workers share {cores} cores.", 'data_loader', workers, advice=f"Set `num_workers` to {max(cores-1, 1)} or so."))
