@@ -53,7 +53,7 @@ def test_every_technique(tmp_path, name):
 @pytest.mark.parametrize('loader', LOADERS)
 def test_every_moment(tmp_path, loader):
     "One after the other, a little later each time."
-    deaths = [(o, 2+i) for i,o in enumerate(IN_STEP)] + [('before_validate', 1), ('after_epoch', 1), ('before_epoch', 2), *((o, 2) for o in IN_WRITE), ('after_validate', 3)]
+    deaths = [(o, 2+i) for i,o in enumerate(IN_STEP)] + [('before_validate', 1), ('after_epoch', 1), ('before_epoch', 2), ('half', 2), ('written', 2), ('linked', 1), ('replaced', 1), ('after_validate', EPOCHS)]
     check(dict(loader=loader), tmp_path, deaths)
 
 @pytest.mark.slow
