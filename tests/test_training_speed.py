@@ -236,3 +236,13 @@ def test_the_table_is_shown_and_kept(capsys, monkeypatch):
     trainer.train()
     out = capsys.readouterr().out
     assert "times as fast" in out and "fp32 eager" in out and trainer.chosen["table"][0]["switches"]=="fp32 eager"
+
+
+@pytest.mark.slow
+def test_compiling_is_tried_in_a_long_run():
+    "The choice may be either; what counts is that it was tried, timed, and left nothing behind."
+    model,(x,y) = small_net(),pictures()
+    before = hash_of(model.state_dict())
+    found = measure_speed(model, (x, y), F.cross_entropy, steps=10**7, seconds=1, compile_from=1)
+    tried = [o for o in found.trials if o.switches.compile]
+    assert len(tried)==1 and (tried[0].ratios or tried[0].note) and hash_of(model.state_dict())==before

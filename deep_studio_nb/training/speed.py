@@ -88,16 +88,16 @@ def plot(self:Speed)->Any: # A figure
     ax.invert_yaxis()
     return fig
 
-# %% ../../nbs/30_training/37j_speed.ipynb #05ac9c9b
+# %% ../../nbs/30_training/37j_speed.ipynb #bf2248f7
 def _of(trials:list[Contender], switches:Switches)->Contender: return next(o for o in trials if o.switches==switches)
 
 @patch
 def try_compiling(self:Bench, trials:list[Contender], chosen:Switches, steps:int):
     "Compile on top of `chosen`, and let it compete; it is out if this run is too short to get the time back."
     fast = _of(trials, chosen)
-    trial,began = Contender(replace(chosen, compile=True)),perf_counter()
+    trial,began = Contender(replace(chosen, compile=True)),self.now()
     self.look(trial, trials[0])
-    took = perf_counter()-began
+    took = self.now()-began
     trials.append(trial)
     if trial.note: return
     trial.seconds,trial.ratios = [],[]
@@ -153,7 +153,7 @@ def _reason(trials:list[Contender], choice:Switches, given:Switches)->str:
 
 # %% ../../nbs/30_training/37j_speed.ipynb #dece8494
 def choose_switches(
-    trainer:Any # With model, loader, loss, optimizer; its `precision`, `channels_last`, `threads` and `compile` are set
+    trainer:Any # With model, loader, loss_fn, optimizer; its `precision`, `channels_last`, `threads` and `compile` are set
 )->Switches:
     "Measure once in the life of a run which switches pay, and let the trainer use them."
     if trainer.chosen is None:
@@ -172,7 +172,7 @@ def _measured(trainer:Any)->Speed:
     given = Switches(trainer.precision, trainer.channels_last, trainer.threads, trainer.compile)
     left = trainer.batches and trainer.batches*trainer.left
     try:
-        with undisturbed(trainer.train_loader) as batches: batch = next(o for o in batches if o is not None)
+        with undisturbed(trainer.loader) as batches: batch = next(o for o in batches if o is not None)
     except (DataError, StopIteration) as e: return Speed(given, f"Not measured: {e}", [])
     return measure_speed(trainer.model, batch, trainer.loss_fn, trainer.optimizer, given=given, steps=left, device=trainer.device)
 
