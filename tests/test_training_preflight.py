@@ -123,10 +123,10 @@ def big_head():
     nn.init.normal_(net[3].weight, std=30)
     return training(net)
 
-def numbers(mean=0., spread=1., **settings):
+def numbers(mean=0., spread=1., net=None, **settings):
     ds = table()
     y = (ds.tensors[0][:, :1]+ds.tensors[0][:, 1:2].square())*spread+mean
-    return training(mlp(outputs=1), TensorDataset(ds.tensors[0], y), loss='mse', metrics=['mae'], **settings)
+    return training(net or mlp(outputs=1), TensorDataset(ds.tensors[0], y), loss='mse', metrics=['mae'], **settings)
 
 def holes():
     ds = table()
@@ -216,6 +216,9 @@ class Words(nn.Module):
         self.words, self.out = nn.Embedding(n, d, padding_idx=0), nn.Sequential(nn.Linear(d, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, k))
     def forward(self, x): return self.out(self.words(x).mean(1))
 
+class Units(nn.Module):
+    def forward(self, x): return 5e4*x+2e5
+
 def texts():
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 50, (160, 12), generator=g)
@@ -231,6 +234,7 @@ HEALTHY = {
     'unet': masks,
     'text': texts,
     'regression': lambda: numbers(optimizer=adamw(0.01)),
+    'prices, by a model that ends in their unit': lambda: numbers(2e5, 5e4, net=mlp(Units(), outputs=1), optimizer=adamw(0.01)),
     'mixup and averaged weights': lambda: training(callbacks=[{'type': 'Mixup', 'args': {'alpha': 0.2}}, {'type': 'EMA', 'args': {'decay': 0.99}}], loss={'type': 'cross_entropy', 'args': {'label_smoothing': 0.1}}),
     'yes or no': lambda: training(mlp(outputs=1), (lambda ds: TensorDataset(ds.tensors[0], ds.tensors[1][:, None].float()))(table(k=2)), loss='bce', metrics=[]),
     'a sum of losses': lambda: training(loss={'type': 'sum', 'args': {'losses': ['cross_entropy', {'type': 'focal', 'weight': 0.5}]}}),

@@ -34,7 +34,7 @@ from .preflight_layers import activation_findings, best_of, gradient_findings, l
 from .preflight_learning import learning_curves, learning_findings
 from .preflight_plan import estimates, room_findings, schedule_findings, size_in_bytes, told_bytes, told_seconds, validation_findings, waiting_findings
 from .preflight_start import baseline, batch_findings, input_findings, output_findings, start_findings
-from .preflight_trials import Look, look_at_batches, trial_of
+from .preflight_trials import Look, floats_in, look_at_batches, trial_of
 from .run_checks import batch_error, check_first_batch
 from .trainer import Trainer
 
@@ -162,7 +162,8 @@ def _inputs(look:Look, seen:dict)->tuple[str,list[Finding]]:
 
 def _layers(look:Look, seen:dict)->tuple[str,list[Finding]]:
     top = max((o.rms for o in look.layers if o.finite), default=0.)
-    return f'{len(look.layers)} layers, up to {top:.2g}', activation_findings(look.layers, look.trainer.precision=='fp16')
+    wanted = next((float(o.square().mean().sqrt()) for o in floats_in(target_of(look.batches[0]))), 0.)
+    return f'{len(look.layers)} layers, up to {top:.2g}', activation_findings(look.layers, look.trainer.precision=='fp16', wanted)
 
 def _gradients(look:Look, seen:dict)->tuple[str,list[Finding]]:
     state = best_of(seen['gradients'])

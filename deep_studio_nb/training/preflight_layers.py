@@ -67,15 +67,17 @@ def watch_layers(
 # %% ../../nbs/30_training/39g_preflight_layers.ipynb #8f65d661
 def activation_findings(
     layers:list[LayerLook], # In the order in which they were called
-    half:bool=False # Whether it is computed in fp16
+    half:bool=False, # Whether it is computed in fp16
+    wanted:float=0. # Size of the targets if they are numbers; the last layer may be as large
 )->list[Finding]: # nan_activations, exploding_activations, dead_activations
     "Judge what the layers gave out."
     res,limit = [],1e3
+    def too_large(o): return o.rms>(max(limit, 10*wanted) if o is layers[-1] else limit) or half and o.largest>6e3
     broken = [o for o in layers if not o.finite]
     first = next((o for o in broken if o.inputs_finite), broken[0] if broken and layers[0].inputs_finite else None)
     if first: res.append(Finding('error', 'nan_activations', f"`{first.name}` ({first.kind}) is the first layer to give out what is infinite or no number{'' if first.inputs_finite else ', and is given such already, though the layers before it are fine'}; {len(broken)} of {len(layers)} layers do.", first.name, len(broken),
                                  advice="Look for NaN in its weights, a division by 0, a logarithm or root of what is not above 0, or numbers too large for half precision."))
-    large = [o for o in layers if o.finite and (o.rms>limit or half and o.largest>6e3)]
+    large = [o for o in layers if o.finite and too_large(o)]
     if large: res.append(Finding('warning', 'exploding_activations', f"`{large[0].name}` ({large[0].kind}) gives out numbers of {large[0].rms:.3g} on average and up to {large[0].largest:.3g}; what goes in is {large[0].rms_in:.3g}. {len(large)} of {len(layers)} layers are beyond {limit:g}.", large[0].name, len(large),
                                  advice="Normalise the inputs, start with smaller weights, or put norm layers between."))
     return res + _dead(layers)

@@ -103,7 +103,7 @@ def waiting_findings(
     waited = min(look.waited[1:] or [0.])
     if workers==0 and isinstance(loader, DataLoader) and waited>max(0.02, look.step_seconds):
         res.append(Finding('warning', 'workers', f"A batch takes {1000*waited:.0f} ms to load and a step {1000*look.step_seconds:.0f} ms, so the model waits {waited/(waited+look.step_seconds):.0%} of the time. There are no workers, and {cores} cores.", 'data_loader', advice=f"Set `num_workers`, to {max(cores-1, 1)} perhaps, or keep what was decoded in memory."))
-    if isinstance(workers, int) and workers>2*cores: res.append(Finding('warning', 'workers', f"{workers} workers share {cores} cores.", 'data_loader', workers, advice=f"Set `num_workers` to {max(cores-1, 1)} or so."))
+    if isinstance(workers, int) and workers>1.5*cores: res.append(Finding('warning', 'workers', f"{workers} workers share {cores} cores.", 'data_loader', workers, advice=f"Set `num_workers` to {max(cores-1, 1)} or so."))
     sampler = getattr(loader, 'sampler', None)
     if isinstance(sampler, SequentialSampler) and (look.trainer.batches or 2)>1: res.append(Finding('warning', 'not_shuffled', "The train split comes in its own order, the same in each epoch.", 'data_loader', advice="Set `shuffle`."))
     return res

@@ -125,7 +125,8 @@ def start_findings(
     if expected is None: return []
     numbers = isinstance(target, Tensor) and target.is_floating_point() and name in _NUMBERS
     about = f" The targets have a mean of {float(target.mean()):.3g} and a spread of {float(target.std()):.3g}."*numbers if numbers else ''
-    if loss>(20*expected+1e-6 if numbers else 2*expected+0.5) or numbers and float(target.std())>100:
+    limit = 2*expected+0.5 if not numbers else 3*expected if float(target.std())>100 else 20*expected+1e-6
+    if loss>limit:
         return [Finding('warning', 'initial_loss', f"`{name}` begins at {loss:.4g}, but whoever knows nothing has {expected:.4g}.{about}", 'loss',
                         advice="Standardise the targets." if numbers else "Start the last layer with smaller weights, and look at the size of what it is given.")]
     if loss<0.3*expected: return [Finding('note', 'initial_loss', f"`{name}` begins at {loss:.4g}, far below the {expected:.4g} of whoever knows nothing.", 'loss', advice="That is right for weights that were trained on this task. Otherwise: do the inputs hold the answer?")]
