@@ -136,7 +136,7 @@ def _rate_findings(curves:dict[str,Curve], made:dict[str,float], own:float, curv
     worse = not math.isfinite(end) or end>1.3*abs(start)+1e-3 or top>5*abs(start)+1
     if worse or end>=0.98*start and less>0.1:
         went = 'became infinite or no number' if not math.isfinite(end) else f'went from {start:.4g} up to {top:.4g} and to {end:.4g}'
-        other = f" at {curves[_LESS].rate:.2g} it goes to {curves[_LESS].final:.4g}" if _LESS in curves and less>own else f" AdamW at {curves[_ADAM].rate:.2g} brings it to {curves[_ADAM].final:.4g}" if _ADAM in curves else ' nothing was better'
+        other = f" at {curves[_LESS].rate:.2g} it goes to {curves[_LESS].final:.4g}" if _LESS in curves and less>min(own, 0.1) else f" AdamW at {curves[_ADAM].rate:.2g} brings it to {curves[_ADAM].final:.4g}" if _ADAM in curves else ' look at a much lower one'
         return [Finding('error' if not math.isfinite(end) or end>5*abs(start)+1 or top>20*abs(start)+1 else 'warning', 'lr_too_high', f"At the planned learning rate of {curve.rate:.2g} the loss on one batch {went} in {n} steps;{other}.", 'optimizer', advice="Lower the rate: `trainer.find_lr()` suggests one. A warm-up or `clip_norm` also help.")]
     fall = (start-end)/max(abs(start), 1e-12)
     gain = max(more, made.get(_ADAM, -math.inf))
