@@ -287,6 +287,20 @@ def test_a_broken_training_is_left_as_it_was(name):
     report_of(t, seconds=5)
     assert everything(t)==before
 
+class Interrupted(Body):
+    "Somebody presses Ctrl-C in the midst of its forward pass."
+    def forward(self, x):
+        if torch.is_grad_enabled(): torch.rand(3)
+        self.calls = getattr(self, 'calls', 0)+1
+        if self.calls>4: raise KeyboardInterrupt
+        return super().forward(x)
+
+def test_ctrl_c_leaves_it_as_it_was():
+    t = training(Interrupted())
+    before = everything(t)
+    with pytest.raises(KeyboardInterrupt): report_of(t)
+    assert everything(t)==before and not hasattr(t.model, 'calls')
+
 def test_a_training_with_a_preflight_ends_with_the_same_bits():
     def trained(look):
         t = HEALTHY['mixup and averaged weights']()
