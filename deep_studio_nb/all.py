@@ -178,6 +178,7 @@ from .training.nan_guard import *
 from .training.parallel import *
 from .training.saving import *
 from .training.switches import *
+from .training.race import *
 from .training.speed import *
 from .training.resumable import *
 from .training.few_batches import *
@@ -196,9 +197,9 @@ from .training.freezing import *
 from .training.preflight_trials import *
 from .training.preflight_layers import *
 from .training.preflight_start import *
-from .training.preflight_learning import *
 
 # %% ../nbs/80_front/80_all.ipynb #ff201852
+from .training.preflight_learning import *
 from .training.preflight_plan import *
 from .training.preflight import *
 
