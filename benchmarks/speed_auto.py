@@ -1,11 +1,11 @@
 """What `speed: auto` is worth: images a second, the same accuracy, and never slower where nothing is to be gained.
 
-    python benchmarks/speed_auto.py [--photos DIR] [--rounds 5] [--seeds 5] [--write]
+    python benchmarks/speed_auto.py [--photos DIR] [--rounds 5] [--small-rounds 5] [--seeds 5] [--write]
 
 First ResNet-18 on batches of 32 pictures of 128 pixels: whole runs with `speed: auto` and with fp32 eager in turn, each a new trainer on the same
 pictures in memory. The seconds of a run with `auto` hold the measuring. Then small models, on which nothing or little pays, in the same way.
 At last the accuracy after training with and without, for each of --seeds seeds, on the digits of scikit-learn and on the photos in DIR
-(class folders below `train` and `val` or `valid`), with a test on the paired differences.
+(class folders below `train` and `val` or `valid`), with a test on the paired differences. `--seeds 0` leaves that out, `--small-rounds 0` the small models.
 Exit code 1 if ResNet-18 is not twice as fast on hardware with bf16, or if any model is slower than in fp32 eager by more than 3 %.
 """
 import argparse, contextlib, io, math, os, platform, statistics, sys
@@ -51,7 +51,7 @@ def cases(pixels, batches, seconds):
              'SimpleCNN (8), 8 pixels, batch 64': (lambda: model_of(SimpleCNN, 10, 1, width=8), in_memory(64*50, (1, 8, 8), 10, 64), 0),
              'SimpleCNN (32), 28 pixels, batch 64': (lambda: model_of(SimpleCNN, 10, 1, width=32), in_memory(64*25, (1, 28, 28), 10, 64), 0)}
     res = {f'ResNet-18, {pixels} pixels, batch 32': (lambda: model_of(ResNet18, num_classes=5), in_memory(32*batches, (3, pixels, pixels), 5, 32), 10)}
-    for name, (make, loader, _) in small.items():
+    for name, (make, loader, _) in small.items() if seconds else ():
         one_run((make, loader, 1), None)
         res[name] = make, loader, max(2, round(seconds/one_run((make, loader, 1), None)[0]))
     return res
@@ -108,46 +108,54 @@ def accuracies(args, root):
         half = T95.get(len(off)-1, 2.2)*statistics.stdev(off)/math.sqrt(len(off)) if len(off)>1 else math.nan
         yield (name, *(statistics.mean(o[i][0] for o in found) for i in (0, 1)), statistics.mean(off), half, *(statistics.median(o[i][1] for o in found) for i in (0, 1)), found[0][1][2])
 
+def what_it_saw(chosen):
+    "The table that the choice was made from, as lines, and the reason."
+    keys = list(dict.fromkeys(k for o in chosen['table'] for k in o))
+    res = ['| '+' | '.join(k or 'note' for k in keys)+' |', '|'+'---|'*len(keys)] if keys else []
+    return res + ['| '+' | '.join(str(o.get(k, '')) for k in keys)+' |' for o in chosen['table']] + ['', chosen['why']]
+
+def write(args, lines, seen, more):
+    "Write down what there is so far."
+    if not args.write: return
+    about = (f'Whole runs in turn, {args.rounds} pairs of ResNet-18 and {args.small_rounds} of each small model, {torch.get_num_threads()} threads, {platform.machine()} {"with" if fast_bf16(torch.device("cpu")) else "without"} bf16 circuits, '
+             f'Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}, {os.cpu_count()} cores. A whole run with `auto` holds the seconds of measuring.')
+    text = ['# `speed: auto`', about, '\n'.join(lines), 'What the first of these runs of ResNet-18 saw:', '\n'.join(seen)]
+    if more: text += [f'Validation accuracy after training, {args.seeds} seeds, the same seeds on both sides:', '\n'.join(more)]
+    text.append(f'Made by `python benchmarks/speed_auto.py --photos DIR --write`. The claims: {GAIN} times as many images a second at least for ResNet-18 where there are bf16 circuits, '
+                f'no model slower by more than {SLACK-1:.0%}, no difference of accuracy beyond noise.')
+    Path(__file__).with_suffix('.md').write_text('\n\n'.join(text) + '\n')
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--photos', type=Path, help='folder of photos: train/<class>/*.jpg and val/<class>/*.jpg')
     parser.add_argument('--pixels', type=int, default=128)
     parser.add_argument('--batches', type=int, default=12, help='in an epoch of ResNet-18, of which there are 10')
-    parser.add_argument('--rounds', type=int, default=5, help='paired runs')
+    parser.add_argument('--rounds', type=int, default=5, help='paired runs of ResNet-18')
+    parser.add_argument('--small-rounds', type=int, default=5, help='paired runs of each small model')
     parser.add_argument('--seconds', type=float, default=40, help='length of a run of a small model; below 20 nothing is measured')
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--photo-epochs', type=int, default=15)
     parser.add_argument('--write', action='store_true', help='write the tables to benchmarks/speed_auto.md')
     args = parser.parse_args()
-    lines = ['| model | chosen | images a second, fp32 eager | with speed: auto | times | whole run, fp32 eager / auto | quartiles |', '|---|---|---|---|---|---|---|']
+    lines, seen, more = ['| model | chosen | images a second, fp32 eager | with speed: auto | times | whole run, fp32 eager / auto | quartiles |', '|---|---|---|---|---|---|---|'], [], []
     print('\n'.join(lines), flush=True)
-    gains, slower, example = {}, {}, None
-    for name, case in cases(args.pixels, args.batches, args.seconds).items():
-        plain, auto, rate, chosen = compare(case, args.rounds)
+    gains, slower, same = {}, {}, True
+    for name, case in cases(args.pixels, args.batches, args.seconds if args.small_rounds else 0).items():
+        plain, auto, rate, chosen = compare(case, args.small_rounds if gains else args.rounds)
         low, mid, high = quartiles([a/b for a,b in zip(plain, auto)])
         gains[name], slower[name] = rate['auto']/rate[None], 1/mid
-        words = sorted({', '.join(f'{v}' if k=='precision' else f'{v} threads' if k=='threads' else k for k,v in o['switches'].items() if v and v!='fp32') or 'fp32 eager' for o in chosen})
+        words = sorted({', '.join(f'{v}' if k=='precision' else f'{v} thread{"s"*(v!=1)}' if k=='threads' else k for k,v in o['switches'].items() if v and v!='fp32') or 'fp32 eager' for o in chosen})
         lines.append(f'| {name} | {"; ".join(words)} | {rate[None]:.0f} | {rate["auto"]:.0f} | {gains[name]:.2f} | {mid:.2f} | {low:.2f} to {high:.2f} |')
-        example = example or chosen[0]
+        seen = seen or what_it_saw(chosen[0])
         print(lines[-1], flush=True)
-    seen = ['| switches | '+' | '.join(k or 'note' for k in list(example['table'][0])[1:] or ['note'])+' |', '|---|'+'---|'*(len(example['table'][0])-1)] if example['table'] else []
-    seen += [f'| {o["switches"]} | '+' | '.join(str(o.get(k, '')) for k in list(example['table'][0])[1:])+' |' for o in example['table']]
-    seen += ['', example['why']]
+        write(args, lines, seen, more)
     print('\n'.join(['', *seen, '']), flush=True)
-    more = ['| data and model | fp32 eager | with the switches | difference, 95 % interval | seconds, fp32 eager | with the switches | on |', '|---|---|---|---|---|---|---|']
-    same = True
-    for name, a, b, off, half, slow, fast, on in accuracies(args, args.photos):
+    for name, a, b, off, half, slow, fast, on in accuracies(args, args.photos) if args.seeds else ():
+        more = more or ['| data and model | fp32 eager | with the switches | difference, 95 % interval | seconds, fp32 eager | with the switches | on |', '|---|---|---|---|---|---|---|']
         more.append(f'| {name} | {a:.4f} | {b:.4f} | {off:+.4f}, {off-half:+.4f} to {off+half:+.4f} | {slow:.1f} | {fast:.1f} | {on} |')
         print(more[-1], flush=True)
         same &= off+half>=0 or math.isnan(half)
-    about = (f'Whole runs in turn, {args.rounds} pairs, {torch.get_num_threads()} threads, {platform.machine()} {"with" if fast_bf16(torch.device("cpu")) else "without"} bf16 circuits, '
-             f'Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}, {os.cpu_count()} cores. A whole run with `auto` holds the seconds of measuring.')
-    if args.write:
-        text = ['# `speed: auto`', about, '\n'.join(lines), 'What the first of these runs of ResNet-18 saw:', '\n'.join(seen),
-                f'Validation accuracy after training, {args.seeds} seeds, the same seeds on both sides:', '\n'.join(more),
-                f'Made by `python benchmarks/speed_auto.py --photos DIR --write`. The claims: {GAIN} times as many images a second at least for ResNet-18 where there are bf16 circuits, '
-                f'no model slower by more than {SLACK-1:.0%}, no difference of accuracy beyond noise.']
-        Path(__file__).with_suffix('.md').write_text('\n\n'.join(text) + '\n')
+        write(args, lines, seen, more)
     resnet = next(iter(gains))
     failed = [f'{resnet}: {gains[resnet]:.2f} times, the claim is {GAIN}']*(fast_bf16(torch.device('cpu')) and gains[resnet]<GAIN)
     failed += [f'{k}: {v:.2f} of the time in fp32 eager' for k,v in slower.items() if v>SLACK] + ['accuracy is lower']*(not same)

@@ -162,11 +162,13 @@ def has(python, module): return subprocess.run([python, '-c', f'import importlib
 
 def version(python, module): return subprocess.run([python, '-c', f'from importlib.metadata import version; print(version("{module}"))'], capture_output=True, text=True).stdout.strip()
 
+def seeds_of(task, args): return args.photo_seeds if task=='photos' and args.photo_seeds else args.seeds
+
 def race(task, data, args):
     "Name -> results, one a seed; who begins changes from seed to seed."
     who = {o: sys.executable for o in SWITCHES} | {o: args.peers for o in ('fastai', 'lightning') if has(args.peers, o)}
     res = {o: [] for o in who}
-    for seed in range(args.seeds):
+    for seed in range(seeds_of(task, args)):
         for name in list(who)[::-1 if seed%2 else 1]:
             res[name].append(started(who[name], name, task, data, seed, args))
             seconds, accuracy = res[name][-1]['rows'][-1]
@@ -185,11 +187,19 @@ def table(res, target, args):
                      f'{middle[name]/middle["deep_studio_nb"]:.2f} | {statistics.median(o["before"]+o["rows"][-1][0] for o in runs):.1f} |')
     return lines, min((middle[o]/middle['deep_studio_nb'] for o in ('fastai', 'lightning') if o in middle), default=float('nan'))
 
+def write(parts):
+    "Write down what there is so far."
+    import torch
+    about = f'Medians, in turn, {torch.get_num_threads()} threads, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}.'
+    text = ['# Time to accuracy', about, *parts, f'Made by `python benchmarks/time_to_accuracy.py --photos DIR --peers PYTHON --write`. The claim is {CLAIM:.0f} times at least, for either and on both.']
+    Path(__file__).with_suffix('.md').write_text('\n\n'.join(text) + '\n')
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--photos', type=Path, help='folder of photos: train/<class>/*.jpg and val/<class>/*.jpg')
     parser.add_argument('--peers', default=sys.executable, help='python of an environment with fastai and lightning')
     parser.add_argument('--seeds', type=int, default=5)
+    parser.add_argument('--photo-seeds', type=int, help='as many as --seeds if left out')
     parser.add_argument('--pixels', type=int, default=128)
     parser.add_argument('--target', type=float, help='another accuracy than the stated one, for a trial')
     parser.add_argument('--epochs', type=int, help='other epochs than the stated ones, for a trial')
@@ -211,14 +221,10 @@ def main():
         lines, ratios[task] = table(res, target, args)
         said = res['deep_studio_nb, speed: auto'][0]['note']
         what = 'convolutional network of 94,000 parameters' if task=='digits' else f'ResNet-18 from nothing, {args.pixels} pixels'
-        parts += [f'## {task.capitalize()}', f'{what}, batches of {TASKS[task]["batch"]}, until a validation accuracy of {target}: one cycle of {epochs["ours"]} epochs up to a rate of {TASKS[task]["rate"]} for ours, of {epochs["fastai"]} up to 0.001 for fastai, a constant rate of 0.001 for Lightning.', '\n'.join(lines)]
+        parts += [f'## {task.capitalize()}', f'{what}, batches of {TASKS[task]["batch"]}, {seeds_of(task, args)} seeds, until a validation accuracy of {target}: one cycle of {epochs["ours"]} epochs up to a rate of {TASKS[task]["rate"]} for ours, of {epochs["fastai"]} up to 0.001 for fastai, a constant rate of 0.001 for Lightning.', '\n'.join(lines)]
         parts.append(f'What `speed: auto` said in the first run: {said}')
         print('\n'.join(['', *lines, '']), flush=True)
-    if args.write:
-        import torch
-        about = f'{args.seeds} seeds, medians, in turn, {torch.get_num_threads()} threads, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}.'
-        text = ['# Time to accuracy', about, *parts, f'Made by `python benchmarks/time_to_accuracy.py --photos DIR --peers PYTHON --write`. The claim is {CLAIM:.0f} times at least, for either and on both.']
-        Path(__file__).with_suffix('.md').write_text('\n\n'.join(text) + '\n')
+        if args.write: write(parts)
     print(', '.join(f'{k}: the faster of the peers takes {v:.2f} times as long' for k,v in ratios.items()) + f'; the claim is {CLAIM}.')
     return int(any(v<CLAIM for v in ratios.values()))
 
