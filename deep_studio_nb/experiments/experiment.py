@@ -146,7 +146,7 @@ def fit(self:Experiment,
     check_apart(background)
     if not is_main(): return follow(self)
     meet()
-    if not getattr(self.trainer, 'keeps_files', True): return self._try_out()
+    if self.cfg.get('trainer.fast_dev_run'): return self._try_out()
     if self.folder and not self.trainer.left and self.folder.status()=='finished': raise RunError(train_longer(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
     level = self.cfg['trainer'].get('verbosity', 1)
     with using_threads(self.cfg.get('trainer.threads')), logging_to(None, level), records_kept() as said: self._begin()
@@ -334,5 +334,5 @@ def _done_line(run):
 def summary(self:Experiment) -> str: # Some lines for people
     "Say what came of the run, where everything is, and what to type next."
     if self.folder: return run_summary(self.folder)
-    tried = len(self.trainer.history) and not self.trainer.keeps_files
+    tried = self.cfg.get('trainer.fast_dev_run') and len(self.trainer.history)
     return f'{self.cfg["name"]}: ' + ('two batches of everything ran through; nothing was kept.' if tried else 'not trained yet. Call fit().')
