@@ -37,6 +37,7 @@ from .preflight_start import baseline, batch_findings, input_findings, output_fi
 from .preflight_trials import Look, floats_in, look_at_batches, trial_of
 from .run_checks import batch_error, check_first_batch
 from .trainer import Trainer
+from .views import in_notebook
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
@@ -206,7 +207,7 @@ class _Line:
     "Say at what the preflight is."
     def __init__(self, shown:bool):
         self.shown,self.wide = shown,0
-        self.over = sys.stdout.isatty() or 'ipykernel' in sys.modules
+        self.over = sys.stdout.isatty() or in_notebook()
     def say(self, text:str):
         if not self.shown: return
         print(text.ljust(self.wide), end='\r' if self.over else '\n', file=sys.stdout if self.over else sys.stderr, flush=True)
