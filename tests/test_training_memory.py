@@ -3,6 +3,7 @@ import gc, multiprocessing as mp, os, sys, threading
 from pathlib import Path
 import pytest, torch
 import training_kills
+from training_kills import in_a_child
 from training_toy import STEPS, trainer
 from deep_studio_nb.training.events import When
 
@@ -16,18 +17,6 @@ def held():
     pages = int(Path('/proc/self/statm').read_text().split()[1])
     return dict(tensors=len(tensors), bytes=sum(o.numel()*o.element_size() for o in tensors), objects=len(gc.get_objects()), threads=threading.active_count(),
                 files=len(os.listdir('/proc/self/fd')), memory=pages*os.sysconf('SC_PAGE_SIZE'))
-
-def in_a_child(target, *args):
-    "What `target` sends, from a process that has done nothing else."
-    ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'training_kills'])
-    here, there = ctx.Pipe(duplex=False)
-    p = ctx.Process(target=target, args=(there, *args))
-    p.start()
-    there.close()
-    found = here.recv()          # an `EOFError` if the child has died
-    p.join(60)
-    return found
 
 def long_run(out, folder, loader):
     "200 epochs with history, metrics, validation, averaging, accumulation and checkpoints; what is held every 40 epochs."

@@ -248,7 +248,6 @@ HEALTHY = {
 def test_what_is_healthy_passes(name):
     report = report_of(HEALTHY[name]())
     assert alarms(report)==set() and not report.find('not_judged'), report
-    assert report.seconds<60
 
 # --- no trace ---
 

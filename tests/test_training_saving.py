@@ -1,11 +1,11 @@
 """What happens when a checkpoint cannot be written: the one before is whole, the failure is loud, and the run goes on or stops as configured."""
-import ctypes, errno, logging, multiprocessing as mp, os, shutil, sys
+import ctypes, errno, logging, os, shutil, sys
 from pathlib import Path
 import pytest, torch
 from deep_studio_nb.common.errors import RunError
 from deep_studio_nb.training.checkpoints import load_checkpoint
 from deep_studio_nb.training.events import When
-from training_kills import differences
+from training_kills import differences, in_a_child
 from training_toy import EPOCHS, STEPS, assert_same, trainer
 
 SAVE = torch.save
@@ -89,17 +89,6 @@ def test_the_folder_is_gone(tmp_path, caplog, how):
     (tmp_path/'run').mkdir()
     t.train()
     assert whole(tmp_path/'run')['last.pt']==EPOCHS
-
-def in_a_child(target, *args):
-    "The exit code of `target` in a process of its own, and what it sent."
-    ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'training_kills'])
-    here, there = ctx.Pipe(duplex=False)
-    p = ctx.Process(target=target, args=(there, *args))
-    p.start()
-    there.close()
-    try: return here.recv()
-    finally: p.join(60)
 
 def obey_permissions():
     "Take from root what lets it write where it may not."

@@ -23,6 +23,17 @@ IN_EPOCH = 'before_epoch', 'before_validate', 'after_validate', 'after_epoch'
 IN_WRITE = 'half', 'written', 'linked', 'replaced'
 KINDS = {'gathered': 'ours', 'threads': 'ours threads', 'processes': 'ours workers', 'torch': 'plain', 'torch workers': 'plain workers'}
 
+def in_a_child(target, *args):
+    "What `target` sends, from a process that has done nothing else; an `EOFError` if it has died."
+    ctx = mp.get_context('forkserver')
+    ctx.set_forkserver_preload(['torch', 'training_kills'])
+    here, there = ctx.Pipe(duplex=False)
+    p = ctx.Process(target=target, args=(there, *args))
+    p.start()
+    there.close()
+    try: return here.recv()
+    finally: p.join(60)
+
 def build(plan, folder, more=()):
     "The trainer of a plan: settings of the trainer, and under `loader` what loads for it."
     settings = dict(plan)
