@@ -5,144 +5,38 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/30_training/39k_preflight.ipynb #fbb6c97a
-import logging, math, sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+# %% ../../nbs/30_training/39k_preflight.ipynb #2699bcca
+import logging, sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-import torch
 from fastcore.basics import patch
 from torch import nn
-from ..common.devices import is_out_of_memory
-from ..common.errors import RunError, StudioError
+from ..common.errors import RunError
+from ..common.findings import Finding, Report
 from ..common.logs import get_logger
 from ..common.pictures import new_picture
 from ..common.processes import world
 from ..common.randomness import rng_state, seed_all, set_rng_state
 from ..common.tables import Table
-from ..common.findings import Finding, Report
 from .background import refuse_second
-from .batches import check_batches, length_of, undisturbed
+from .batches import length_of, undisturbed
 from .losses import loss_name
-from .metrics import Meter
-from .passes import evaluated, in_full, size_of, target_of
-from .preflight_layers import activation_findings, best_of, gradient_findings, learns_at, norm_findings, watch_layers
+from .passes import size_of, target_of
+from .preflight_layers import activation_findings, best_of, gradient_findings, norm_findings
 from .preflight_learning import learning_curves, learning_findings
-from .preflight_plan import estimates, room_findings, schedule_findings, size_in_bytes, told_bytes, told_seconds, validation_findings, waiting_findings
+from .preflight_pass import Stages, first_pass, load_batches
+from .preflight_plan import estimates, room_findings, schedule_findings, told_bytes, told_seconds, validation_findings, waiting_findings
 from .preflight_start import baseline, batch_findings, input_findings, output_findings, start_findings
-from .preflight_trials import Look, floats_in, look_at_batches, trial_of
-from .run_checks import batch_error, check_first_batch
+from .preflight_trials import Look, floats_in
 from .trainer import Trainer
 from .views import in_notebook
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
-
-# %% ../../nbs/30_training/39k_preflight.ipynb #78088c46
-class _Stages:
-    "Do the work of stages, and note which of them fails."
-    def __init__(self): self.findings,self.passed = [],set()
-    def __call__(self, stage:str, work:Callable[[], Any])->Any: # What `work` returned; None if it failed
-        try: res = work()
-        except Exception as e:
-            if is_out_of_memory(e): self.findings.append(Finding('error', 'memory', f"Memory does not suffice for {stage}: {e}", stage, advice="Use a smaller `batch_size` with `accumulate`, or `precision: bf16`."))
-            else: self.findings.append(Finding('error', *_told(e, stage), stage, advice='' if isinstance(e, StudioError) else _ADVICE.get(stage, '')))
-        else:
-            self.passed.add(stage)
-            return res
-    @property
-    def failed(self)->bool: return bool(self.findings)
-
-_ADVICE = {'loading a train batch': "Load a batch by hand: `next(iter(trainer.train_loader))`.", 'the way back': "Does the loss depend on the weights? `detach()`, `argmax` and `torch.no_grad()` cut it off."}
-
-def _told(e:Exception, stage:str)->tuple[str,str]:
-    "Name what failed, and say it in a sentence."
-    if 'does not require grad' in str(e): return 'no_gradient', "The loss does not depend on any parameter that could learn: there is no way back from it."
-    return 'bad_batch', f"In {stage}: {e}" if isinstance(e, StudioError) else f"In {stage}: {type(e).__name__}: {e}"
-
-# %% ../../nbs/30_training/39k_preflight.ipynb #5e5b46f2
-def _load(look:Look, stages:_Stages):
-    "Load some batches of both splits."
-    t,epoch = look.trainer,min(len(look.trainer.history)+1, look.trainer.epochs)
-    got = stages('loading a train batch', lambda: _some(t.train_loader, 'train_loader', 3, epoch))
-    if got: look.batches,look.waited = got
-    if t.valid_loader is None: return
-    got = stages('loading a validation batch', lambda: _some(t.valid_loader, 'valid_loader', 2, epoch))
-    if got: look.valid,look.waited_valid = got
-
-def _some(loader:Any, name:str, n:int, epoch:int)->tuple[list,list[float]]:
-    "Load the first batches, of which there must be one."
-    check_batches(name, loader)
-    batches,waited = look_at_batches(loader, n, epoch)
-    if not batches: raise RunError(f"`{name}` gave no batches.")
-    return batches, waited
-
-@contextmanager
-def _kept_bytes(look:Look)->Iterator[None]:
-    "Add up what is kept for the way back."
-    seen = {}
-    def note(x):
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): yield
-    look.activation_bytes = sum(seen.values())
-
-# %% ../../nbs/30_training/39k_preflight.ipynb #a39fe935
-def _first_pass(look:Look, stages:_Stages)->dict: # What the pass showed: `trial`, `called`, `gradients`
-    "Send batches through a copy: forward, back, a step of the optimizer, the metrics, validation."
-    t = look.trainer
-    if (trial := stages('copying the model', lambda: trial_of(t))) is None: return {}
-    batch,seen = trial.placed(look.batches[0]),dict(trial=trial, called=set(), gradients=[])
-    def forward():
-        if not hasattr(trial.model, 'forward_train'): check_first_batch(trial.model, batch, trial.loss_fn)
-        try:
-            with _kept_bytes(look): return watch_layers(trial.model, lambda: trial.score(batch))
-        except ValueError as e: raise batch_error(e, 1) from e
-    if (out := stages('the forward pass', forward)) is None: return seen
-    look.layers,seen['called'],(look.preds,losses) = out
-    look.loss = float(losses.total.detach())
-    if stages('the way back', lambda: trial.backward(losses.total) or True) is None: return seen
-    seen['gradients'].append(learns_at(trial.model))
-    if not math.isfinite(look.loss) or stages('a step of the optimizer', lambda: trial.move() or True) is None: return seen
-    stages('the metrics', lambda: _score(t, in_full(look.preds), losses, batch))
-    _more_steps(look, seen, stages)
-    if look.valid: _validate(look, trial, stages)
-    return seen
-
-def _score(trainer:Any, preds:Any, losses:Any, batch:Any):
-    "Compute the metrics of a batch, on copies of them."
-    meter = Meter(deepcopy(trainer.metrics))
-    meter.add(losses, preds, target_of(batch), size_of(batch))
-    meter.compute()
-
-# %% ../../nbs/30_training/39k_preflight.ipynb #4f1118bf
-def _clock(device:torch.device)->float: # Seconds
-    "Read the clock when the device has done its work."
-    if device.type=='cuda': torch.cuda.synchronize(device)
-    return perf_counter()
-
-def _more_steps(look:Look, seen:dict, stages:_Stages):
-    "Make two more steps, for their gradients and their time."
-    trial,times = seen['trial'],[]
-    for batch in (look.batches*3)[1:3]:
-        began = _clock(trial.device)
-        if stages('another step', lambda b=batch: trial.step(trial.placed(b)) or True) is None: return
-        times.append(_clock(trial.device)-began)
-        seen['gradients'].append(learns_at(trial.model))
-    look.step_seconds = min(times)
-    look.optimizer_bytes = size_in_bytes([*trial.optimizer.state.values()])
-
-def _validate(look:Look, trial:Any, stages:_Stages):
-    "Pass over a validation batch, with the metrics."
-    def work():
-        began = _clock(trial.device)
-        for preds,target,losses,_ in evaluated(trial.model, look.valid[:1], trial.loss_fn, trial.device, precision=trial.precision): _score(look.trainer, preds, losses, (None, target))
-        return _clock(trial.device)-began
-    look.valid_seconds = stages('validation', work) or 0.
 
 # %% ../../nbs/30_training/39k_preflight.ipynb #4de8d0af
 def _start(look:Look, seen:dict)->tuple[str,list[Finding]]:
@@ -215,14 +109,14 @@ class _Line:
     def end(self):
         if self.shown and self.over: print(' '*self.wide, end='\r', flush=True)
 
-# %% ../../nbs/30_training/39k_preflight.ipynb #1b6528c7
+# %% ../../nbs/30_training/39k_preflight.ipynb #0f6f324a
 def _checked(look:Look, line:_Line)->tuple[list[Finding],Table]:
     "Do all checks that can be done."
-    stages,rows = _Stages(),Table()
+    stages,rows = Stages(),Table()
     line.say('preflight: loading batches')
-    _load(look, stages)
+    load_batches(look, stages)
     line.say('preflight: one batch through every stage')
-    seen = _first_pass(look, stages) if look.batches else {}
+    seen = first_pass(look, stages) if look.batches else {}
     rows.append(dict(check='one batch', result='failed' if stages.failed else 'through every stage', found=', '.join(dict.fromkeys(o.kind for o in stages.findings))))
     found = list(stages.findings)
     for name,check in _CHECKS.items():
@@ -263,7 +157,7 @@ def _facts(look:Look, costs:dict[str,float], saves:bool)->dict[str,str]:
     res['memory'] = f"about {told_bytes(costs['memory'])} for a step"
     return res
 
-# %% ../../nbs/30_training/39k_preflight.ipynb #c1e924e4
+# %% ../../nbs/30_training/39k_preflight.ipynb #aac4f5ae
 @patch
 def preflight(self:Trainer,
     seconds:float=40., # That the checks may take, roughly
@@ -282,7 +176,8 @@ def preflight(self:Trainer,
             for o in (self.train_loader, self.valid_loader):
                 if hasattr(o, '__iter__') and not hasattr(o, '__next__'): stack.enter_context(undisturbed(o))
             seed_all(self.seed, 'preflight')
-            found,rows = _checked(look, line) if _reusable(self) else (_once(self), Table())
+            once = _once(self)
+            found,rows = (once, Table()) if once else _checked(look, line)
     finally:
         log.setLevel(level)
         line.end()
@@ -291,10 +186,6 @@ def preflight(self:Trainer,
     look.facts = _facts(look, costs, folder is not None)
     return Report(f'Preflight of {type(self.model).__name__}', look.facts, found+room_findings(costs, folder, self.device), rows, _pictures(look), perf_counter()-look.began)
 
-def _reusable(trainer:Any)->bool:
-    "Tell whether the batches can be looked at without using them up."
-    return not any(hasattr(o, '__next__') for o in (trainer.train_loader, trainer.valid_loader))
-
 def _once(trainer:Any)->list[Finding]:
-    "Say that the batches come only once."
+    "Find loaders whose batches would be used up by a look at them."
     return [Finding('error', 'bad_batch', f"`{k}` is a `{type(o).__name__}`, which gives its batches only once: a second epoch would have none.", k, advice="Give a `DataLoader` or a list.") for k,o in (('train_loader', trainer.train_loader), ('valid_loader', trainer.valid_loader)) if hasattr(o, '__next__')]
