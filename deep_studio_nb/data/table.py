@@ -67,7 +67,7 @@ class TableData(RowSamples):
         lists = dict(numbers=numbers, categories=categories, dates=dates, drop=drop)
         code = _decide(parts, target, task, classes, unit, lists) if fitted is None else self._restore(parts, fitted)
         super().__init__(parts, code, journal)
-        if fitted is None: _log.info("%s", _told(self))
+        if fitted is None: _log.info("%s", self._told())
         if split!='train':
             if (other := self.split(split)) is None: raise DataError(f"`split` is {split!r}, but no file or column gives such rows.")
             self.__dict__.update(other.__dict__)
@@ -81,15 +81,6 @@ def _decide(parts, target, task, classes, unit, lists):
     parts.decide(target, task, **lists)
     if parts.task=='number': return TargetCode(parts.target, 'number', unit=unit)
     return TargetCode(parts.target, 'classes', classes=tuple(classes or parts.classes(parts.part('train'))))
-
-def _told(ds):
-    "Say what was found out about a table."
-    p,groups = ds._parts,{}
-    for k,r in p.roles.items(): groups.setdefault(r.kind, []).append(k)
-    inputs = '; '.join(f'{word} {listed(groups[k])}' for k,word in dict(number='numbers', category='words', date='dates').items() if k in groups)
-    out = ', '.join(f"`{k}` ({'names or keys of rows' if r.kind=='id' else r.kind})" for k,r in p.roles.items() if r.kind in ('id','text','constant') and k!=p.id_column)
-    goal = f'{len(ds.classes)} classes' if ds.classes else 'a number'
-    return f"`{p.open('train').name}`: {len(ds):,} rows; {inputs}. `{p.target}` is taken for {goal}.{f' Left out: {out}.' if out else ''}"
 
 # %% ../../nbs/10_data/14g_table.ipynb #3ceed4ad
 @patch

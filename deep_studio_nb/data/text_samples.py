@@ -6,22 +6,15 @@
 __all__ = ['TextSamples']
 
 # %% ../../nbs/10_data/15e_text_samples.ipynb #ffd818a8
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..common.drawn_tables import draw_table
-from ..common.pictures import new_picture
 from .samples import BaseDataset
-from .tensors import label_names, target_facts
 from .text_rows import TextRows
 from .token_store import TokenStore
 from .vocabulary import PAD, Vocabulary, build_vocabulary, vocabulary_of
-
-if TYPE_CHECKING: from matplotlib.figure import Figure
-else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% ../../nbs/10_data/15e_text_samples.ipynb #59e7660b
 class _Learned:
@@ -142,30 +135,6 @@ def decode(self:TextSamples,
     "Turn numbers of tokens back into text."
     return self.tokens.join(self.vocabulary.decode(x.tolist() if hasattr(x, 'tolist') else x))
 
-@patch
-def target_name(self:TextSamples,
-    y:Any # A target or a predicted one
-)->str: # Name of the class, names of the labels, or the number and its unit
-    "Say target `y` in words."
-    y = y.tolist() if hasattr(y, 'tolist') else y
-    if self.task=='labels' and isinstance(y, list): return label_names(y, self.classes)
-    if isinstance(y, list): y = y[0]
-    if self.task=='classes': return self.classes[int(y)]
-    return f'{y:.4g} {self.unit}'.rstrip()
-
-@patch
-def show(self:TextSamples,
-    samples:Sequence[tuple], # (numbers of tokens, target), perhaps with a prediction behind
-    ncols:int|None=None # Not used: a text takes a line
-)->Figure: # A table
-    "Draw samples as the model sees them, in words."
-    heads,rows = [self.target or 'target','predicted'],[]
-    for x,*ys in samples:
-        x = torch.as_tensor(x)
-        rows.append(dict(text=self.decode(x), tokens=str(int((x!=PAD).sum()))) | {k: self.target_name(y) for k,y in zip(heads, ys)})
-    wrong = [len(o)>2 and self.target_name(o[1])!=self.target_name(o[2]) for o in samples]
-    return draw_table(rows, colors=['C3' if o else 'black' for o in wrong], width=9.)
-
 # %% ../../nbs/10_data/15e_text_samples.ipynb #64f8822f
 @patch
 def fit(self:TextSamples,
@@ -182,72 +151,3 @@ def fitted(self:TextSamples)->dict[str,Any]: # Texts, numbers and lists of them
     "Give what was learned, so that other texts can be seen the same way."
     how = dict(tokens=self.tokens.name, **self.clean.keywords, max_length=self.max_length, task=self.task, classes=self.classes)
     return self.vocabulary.state() | self.learned.scale() | how
-
-# %% ../../nbs/10_data/15e_text_samples.ipynb #534ea28b
-@patch
-def targets(self:TextSamples)->Tensor|None: # (n,) labels, (n, k) zeros and ones, or (n, 1) numbers
-    "List all targets."
-    return self.y
-
-@patch
-def facts(self:TextSamples)->dict[str,Any]: # input, vocab_size, pad_id, samples; task, num_classes and class_counts, or out_features and the scale
-    "Tell what a model may want to know about the texts and targets."
-    res = dict(input='text', vocab_size=len(self.vocabulary), pad_id=PAD, samples=len(self))
-    if self.task is not None: res |= dict(task=self.task, target_name=self.target) | target_facts(self.y, self.classes)
-    if self.classes is not None: return res | dict(num_classes=len(self.classes))
-    return res | dict(out_features=1, unit=self.unit) | self.learned.scale() if self.task=='number' else res
-
-@patch
-def sample_id(self:TextSamples,
-    i:int # Number of the text, from 0
-)->str: # Such as "train.tsv:17"
-    "Name text `i` by its file and line."
-    return self.source.name(int(self.rows[int(i)]))
-
-@patch
-def content_id(self:TextSamples,
-    i:int # Number of the text, from 0
-)->str: # 64 hexadecimal digits of the text as it stands in the file
-    "Identify text `i` by its content."
-    return sha256(self.source.store.texts.raw(int(self.rows[int(i)]))).hexdigest()
-
-@patch
-def content_size(self:TextSamples,
-    i:int # Number of the text, from 0
-)->int: # Bytes
-    "Give the size of text `i`."
-    ends,row = self.source.store.texts.ends,int(self.rows[int(i)])
-    return ends[row+1]-ends[row]
-
-@patch
-def column(self:TextSamples,
-    name:str # Of the file
-)->list[str|None]: # One cell a sample, None where it is empty
-    "List the cells of another column."
-    cells = [o for c in self.source.table.chunks([name]) for o in c.texts(*c.cells)]
-    return [cells[i] for i in self.rows.tolist()]
-
-# %% ../../nbs/10_data/15e_text_samples.ipynb #0e754be9
-@patch
-def _content(self:TextSamples)->Iterable[bytes]:
-    yield repr((self.target, self.task, self.classes)).encode()
-    for i in self.rows.tolist():
-        raw = self.source.store.texts.raw(i)
-        yield len(raw).to_bytes(8, 'little')+raw
-    if self.y is not None: yield self.y.numpy().tobytes()
-
-# %% ../../nbs/10_data/15e_text_samples.ipynb #da520b7e
-@patch
-def plot_tokens(self:TextSamples)->Figure: # Two pictures
-    "Draw how much of the text has numbers, and how long the texts are."
-    fig = new_picture(9, 2.6)
-    left,right = fig.subplots(1, 2)
-    self.vocabulary.plot(self.tokens.name, left)
-    lengths = self.source.store.lengths()[self.rows]
-    step = 1+int(lengths.max())//50
-    right.hist(lengths.numpy(), bins=range(0, int(lengths.max())+2*step, step))
-    cut = 0 if self.max_length is None else (lengths>self.max_length).float().mean().item()
-    if cut: right.axvline(self.max_length, color='C3')
-    right.set(xlabel=f'{self.tokens.name} in a text', ylabel='texts')
-    right.set_title(f'half of the texts have {int(lengths.median())} or less'+(f', {cut:.1%} are cut at {self.max_length}' if cut else ''), fontsize=9)
-    return fig
