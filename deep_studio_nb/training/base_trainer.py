@@ -6,7 +6,7 @@
 __all__ = ['BaseTrainer']
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #a48d58f7
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,10 +15,10 @@ from fastcore.basics import patch
 from torch import nn
 from ..common.devices import pick_device
 from ..common.errors import RunError
-from ..common.randomness import seed_all, set_rng_state
+from ..common.randomness import seed_all
 from .attended import Attended
 from .background import Running, in_background, refuse_second
-from .batches import begin_order, length_of, rest_of
+from .batches import begin_order
 from .events import Callback
 from .history import History
 from .losses import build_loss
@@ -28,13 +28,13 @@ from .optimizers import build_optimizer
 from .profiling import Profile
 from .parallel import find_peers
 from .progress import Progress, all_callbacks
-from .resumable import Resumable
-from .run_checks import check_run, plain_values, take_folder, whole_number
+from .run_checks import check_run, plain_values, whole_number
 from .schedulers import build_scheduler
 from .sharded import shard_model
+from .written import Written
 
 # %% ../../nbs/30_training/38_base_trainer.ipynb #2fe7ae95
-class BaseTrainer(Attended, Resumable):
+class BaseTrainer(Attended, Written):
     "Run epochs and look after them: derive from it and write `_train_epoch(epoch)`, which returns the epoch's values by name."
     keeps_files = True  # a trial run of a few batches leaves none
     def __init__(self,
@@ -95,22 +95,6 @@ def _begin(self:BaseTrainer):
     self.loss = None                            # () loss of the latest step
     self._begin_attended()
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #a952810f
-@patch(as_prop=True)
-def batches(self:BaseTrainer)->int|None:
-    "Count the batches of an epoch; None if the loader does not know."
-    return length_of(self.train_loader)
-
-@patch(as_prop=True)
-def loader(self:BaseTrainer)->Iterable:
-    "Give what this process trains on: the train loader, or its share of it."
-    return self.train_loader if self.peers is None else self.peers.share(self.train_loader)
-
-@patch(as_prop=True)
-def updates_per_epoch(self:BaseTrainer)->int|None:
-    "Count the steps of the optimizer in an epoch; None if the loader does not know."
-    return None if self.batches is None else -(-self.batches//self.accumulate)
-
 # %% ../../nbs/30_training/38_base_trainer.ipynb #a9015fc1
 @patch
 def _train_epoch(self:BaseTrainer,
@@ -136,7 +120,7 @@ def _prepare(self:BaseTrainer):
     self.check()
     if self.left: self._take_back()
     if not self.keeps_files: self.folder = None
-    if self.folder is not None and not self._claimed: self.folder,self._claimed = take_folder(self.folder, self._source) if self.peers is None else self.peers.first(lambda: take_folder(self.folder, self._source)),True
+    self._claim()
     self._mend()
     self._settle()
 
@@ -192,16 +176,6 @@ def _run_epoch(self:BaseTrainer):
     if values is None and self._stop: return self._pause()
     self._end_epoch(plain_values(values, type(self).__name__))
 
-# %% ../../nbs/30_training/38_base_trainer.ipynb #d225d89e
-@patch
-def _batches(self:BaseTrainer)->Iterator:
-    "Give the batches of the epoch that are still to come."
-    batches = rest_of(self.loader, self.step, self._skipped)
-    if self.peers is not None: batches = self.peers.train_pass(self, batches, self._rng)
-    elif self._rng is not None: set_rng_state(self._rng)
-    self._rng,self._skipped = None,0
-    yield from batches
-
 # %% ../../nbs/30_training/38_base_trainer.ipynb #f587bb97
 @patch
 def _end_epoch(self:BaseTrainer, values:dict[str,float]):
@@ -216,12 +190,3 @@ def _end_epoch(self:BaseTrainer, values:dict[str,float]):
     self._report(row)
     self._keep_best()
     self._save_epoch()
-
-# %% ../../nbs/30_training/38_base_trainer.ipynb #4120278d
-@patch
-def __repr__(self:BaseTrainer)->str:
-    "Say how far the run is."
-    best = self.history.best()
-    words = [type(self.model).__name__, f"epoch {len(self.history)} of {self.epochs}", str(self.device)]
-    if best: words.append(f"best {self.monitor.name} {best[self.monitor.name]:.4g} in epoch {best['epoch']}")
-    return f"{type(self).__name__}({', '.join(words)})"
