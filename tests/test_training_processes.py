@@ -14,7 +14,7 @@ from deep_studio_nb.data.tensors import Tensors
 from deep_studio_nb.training import averaging, keeping, mixing  # noqa: F401 (registers their names)
 from deep_studio_nb.training.checkpoints import load_checkpoint
 from deep_studio_nb.training.events import When
-from deep_studio_nb.training.parallel import Peers
+from deep_studio_nb.training.peers import Peers
 from deep_studio_nb.training.sharded import whole
 from deep_studio_nb.training.trainer import Trainer
 
