@@ -6,7 +6,7 @@
 __all__ = ['Experiment']
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #389c7f24
-import json, sys
+import json
 from functools import cached_property
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -14,29 +14,22 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..common.config import Config
-from ..common.devices import describe_device, pick_device, using_threads
+from ..common.devices import pick_device, using_threads
 from ..common.errors import RunError
-from ..common.logs import get_logger, logging_to
-from ..common.pictures import save_picture
-from ..common.processes import begin, is_main, world
-from ..common.registry import TRACKERS
-from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.results import show_confusion, show_results
-from .going_on import is_busy, newest_checkpoint, open_line, open_run, runs_of, train_longer, what_changed
+from ..common.logs import logging_to
+from ..common.processes import begin, is_main
+from ..evaluation.evaluate import Evaluation
 from .build import build_data, build_model, build_trainer, learn_names
-from .provenance import git_state, part_records, versions
-from .recorder import Recorder, records_kept, repeat
-from .run_data import Splits, ids_of
-from .run_folder import RunFolder, find_run, now, this_process
+from .going_on import check_untouched, folder_to_go_on, kept_config, newest_checkpoint, resume_point, run_to_go_on, take_up, train_longer
+from .on_record import begin_run, train_run
+from .recorder import records_kept, repeat
+from .run_data import Splits
+from .scoring import score_split, try_out
 from .summary import near_path, run_summary
-from .together import check_apart, follow, meet, put_together, trained_on
-from .trackers import Trackers
+from .together import check_apart, follow, meet
 from ..training.background import Running, in_background, refuse_second
 from ..training.base_trainer import BaseTrainer
-from ..training.checkpoints import load_checkpoint, weights_for_use
-from ..training.few_batches import FewBatches
 from ..training.history import History
-from ..training.resumable import swapped
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #95cffeab
 class Experiment:
@@ -52,7 +45,7 @@ class Experiment:
         extra = [f'{k}={json.dumps(v, ensure_ascii=False)}' for k,v in dict(name=name, device=device).items() if v is not None]
         self.cfg = Config.read(config, *overrides, *extra)
         self.cfg.check()
-        self.folder,self.source,self.recorder,self._seen,self._told = None,None,None,None,[]
+        self.folder,self.source,self.recorder,self.seen,self.told = None,None,None,None,[]
 
     @cached_property
     def device(self) -> torch.device:
@@ -87,56 +80,7 @@ def _repr_markdown_(self:Experiment):
     state = f'in `{near_path(self.folder.path)}`' if self.folder else 'not trained yet'
     return '\n'.join([f'**{cfg["name"]}**, {cfg["trainer"]["epochs"]} epochs, seed {cfg["seed"]}, {state}', '', '| part | what |', '|---|---|', *rows])
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #bfcfde18
-@patch
-def _manifest(self:Experiment) -> dict:
-    "What the manifest says at the start of a run."
-    path,monitor = self.cfg.path,self.trainer.monitor
-    return dict(config=self.cfg.data, config_file=path and str(path), command=sys.argv[1:] if path else None, seed=self.cfg['seed'],
-                device=describe_device(self.device), processes=world(), versions=versions(), git=git_state(), parts=part_records(self.cfg.data),
-                data=self.data.record(), monitor=str(monitor) if monitor else 'off', resumed_from=self.source and str(self.source),
-                epochs=0, best=None, **this_process())
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #b4d77cf6
-@patch
-def _begin(self:Experiment):
-    "Make the run folder, with its config, and connect the trainer to it."
-    for o in self.cfg.notes: get_logger('config').info('%s', o)
-    self.trainer.check()
-    if self.folder is None: self._make_folder()
-    for o in self._told: get_logger('run').warning('%s', o)
-    self._told = []
-    if self.recorder is None: self._connect()
-
-@patch
-def _make_folder(self:Experiment):
-    "Make a run folder, with all that is known at the start."
-    if not self._told and self.source is None and (run := open_run(self.cfg)): self._told = [open_line(run)]
-    self.folder = RunFolder.create(self.cfg['trainer']['save_dir'], self.cfg['name'], **self._manifest())
-
-@patch
-def _save_plan(self:Experiment):
-    "Keep the config as it is now, and which samples belonged to which split when the run began."
-    self.cfg.save(self.folder.file('config.yaml'))
-    if not (self.folder.path/'split.json').exists(): self.data.save_split(self.folder)
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #d37d0b6f
-@patch
-def _connect(self:Experiment):
-    "Let the trainer save into the folder, and tell the recorder what it does."
-    self.recorder = Recorder(self.folder, Trackers([TRACKERS.build(o) for o in self._tracker_specs()]))
-    self.trainer.folder = self.folder.path/'checkpoints'
-    self.trainer.add(self.recorder)
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #3e0f08ff
-@patch
-def _tracker_specs(self:Experiment):
-    "List the trackers that the config asks for, in either of its two ways."
-    specs = list(self.cfg.get('trackers') or ())
-    named = any(o in ('tensorboard',{'type': 'tensorboard'}) for o in specs)
-    return [*specs, 'tensorboard'] if self.cfg['trainer'].get('tensorboard') and not named else specs
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #32a507c9
+# %% ../../nbs/50_experiments/54_experiment.ipynb #60bfc06c
 @patch
 def fit(self:Experiment,
     background:bool=False # Return at once, and train in a thread of its own
@@ -146,10 +90,10 @@ def fit(self:Experiment,
     check_apart(background)
     if not is_main(): return follow(self)
     meet()
-    if self.cfg.get('trainer.fast_dev_run'): return self._try_out()
+    if self.cfg.get('trainer.fast_dev_run'): return try_out(self)
     if self.folder and not self.trainer.left and self.folder.status()=='finished': raise RunError(train_longer(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
     level = self.cfg['trainer'].get('verbosity', 1)
-    with using_threads(self.cfg.get('trainer.threads')), logging_to(None, level), records_kept() as said: self._begin()
+    with using_threads(self.cfg.get('trainer.threads')), logging_to(None, level), records_kept() as said: begin_run(self)
     if not background: return self._fit(level, said)
     _latest['run'] = run = in_background(self.trainer, lambda: self._fit(level, said))
     return run
@@ -158,9 +102,9 @@ def fit(self:Experiment,
 def _fit(self:Experiment, level, said) -> History:
     "Train into the folder that there is."
     with using_threads(self.cfg.get('trainer.threads')), self.folder.claimed(), logging_to(self.folder.file('logs','training.log'), level):
-        self._check_untouched()
+        check_untouched(self)
         repeat(said)
-        self._guarded()
+        train_run(self)
     return self.trainer.history
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #e47404f9
@@ -171,102 +115,15 @@ def _refuse_second():
     run = _latest.get('run')
     if run: refuse_second(run, f'Experiment `{run.trainer.meta["config"]["name"]}`')
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #12a415aa
-@patch
-def _guarded(self:Experiment):
-    "Train, and let the manifest know how it ended."
-    try: status = self._train()
-    except BaseException as e:
-        try: self._end('failed', error=f'{type(e).__name__}: {e}')
-        except (RunError, OSError) as worse: get_logger('run').error('That the run failed could not be written down: %s', worse)
-        raise
-    with self.trainer.saver.guarding(): self._end(status)
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #6b5c2ef4
-@patch
-def _end(self:Experiment, status, **more):
-    "Write down how the run ended and which files it left, and let the trackers finish."
-    self.data.save_quarantine(self.folder)
-    self.folder.record_files('checkpoints/*.pt', 'images/*.png', 'logs/*')
-    self.folder.update(status=status, ended=now(), **more)
-    self.recorder.trackers.finish(status)
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #2ee3d66e
-@patch
-def _train(self:Experiment) -> str: # finished or stopped
-    "Train the epochs that are left, and score the result unless it was stopped."
-    self._save_plan()
-    self.folder.update(status='running', error=None, config=self.cfg.data, **this_process())
-    self.recorder.trackers.start(self.folder.path, self.cfg.data)
-    get_logger('run').info('%s on %s, %s', self.folder.name, trained_on(describe_device(self.device)), self.data.told())
-    if self.shows_pictures: self.data.train.save_samples(self.folder.path/'images')
-    meet(self.trainer.folder)
-    self.trainer.train()
-    put_together(self)
-    with self.trainer.saver.guarding():
-        if self.trainer.history.rows: self.recorder.draw(self.trainer.history)
-        if not self.trainer.stopped: self._score()
-    return 'stopped' if self.trainer.stopped else 'finished'
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #ed3ae5c2
-@patch(as_prop=True)
-def shows_pictures(self:Experiment) -> bool:
-    "Say whether the inputs are something that a person recognises."
-    return self.data.facts.get('input') in ('image','table','text')
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #76d93654
-@patch
-def _check_untouched(self:Experiment):
-    "Refuse to train on from a state that is no longer the newest."
-    seen,self._seen = self._seen,None
-    if seen and self.folder.read()['updated']!=seen:
-        raise RunError(f'`{near_path(self.folder.path)}` has changed since it was loaded. Resume it once more.')
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #fe8babe7
-@patch
-def _try_out(self:Experiment) -> History:
-    "Take two batches of everything, and keep nothing."
-    meet()
-    with using_threads(self.cfg.get('trainer.threads')): self.trainer.train()
-    put_together(self)
-    if 'test' in self.data.there():
-        ev = evaluate(self.model, FewBatches(self.data.in_order('test'), 2), self.trainer.loss_fn, self.trainer.metrics, self.device, task=self.data.facts.get('task'))
-        get_logger('run').info('test: %s', ev.metrics)
-    return self.trainer.history
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #854e79c8
+# %% ../../nbs/50_experiments/54_experiment.ipynb #829c3780
 @patch
 def evaluate(self:Experiment,
     split:str='test' # train, valid or test
 ) -> Evaluation: # Metrics, and one row a sample
     "Score the model as it is on a split."
-    loss,metrics = getattr(self.trainer, 'loss_fn', None),getattr(self.trainer, 'metrics', ())
-    loader = self.data.in_order(split)
-    return evaluate(self.model, loader, loss, metrics, self.device, ids=lambda: ids_of(loader),
-                    classes=self.data.classes, split=split, task=self.data.facts.get('task'))
+    return score_split(self, split)
 
-# %% ../../nbs/50_experiments/54_experiment.ipynb #10d8a444
-@patch
-def _score(self:Experiment):
-    "Score the best weights, and keep numbers, rows and pictures."
-    split = next((o for o in ('test','valid') if o in self.data.there()), None)
-    if split is None: return
-    best = self.folder.path/'checkpoints'/'best_model.pt'
-    lent = None if self.trainer.restore_best or not best.exists() else weights_for_use(load_checkpoint(best, self.device))
-    with swapped(self.model, lent): ev = self.evaluate(split)
-    ev.save_csv(self.folder.file('predictions',f'{split}.csv'))
-    self._draw(ev)
-    self.folder.update(**{split: dict(ev.metrics)})
-    get_logger('run').info('%s: %s', split, ev.metrics)
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #0ddf4b05
-@patch
-def _draw(self:Experiment, ev):
-    "Save the confusion of classes, and samples beside what the model said."
-    if ev.is_classes and len(ev.classes)<=60: save_picture(show_confusion(ev), self.folder.file('figures','confusion.png'))
-    if self.shows_pictures: save_picture(show_results(ev, self.data.named(ev.split, ev.ids)), self.folder.file('figures','results.png'))
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #61fa7575
+# %% ../../nbs/50_experiments/54_experiment.ipynb #93b15bd9
 @patch(cls_method=True)
 def resume(cls:Experiment,
     what:str|Path, # A run folder, its name, or one of its checkpoints
@@ -277,35 +134,10 @@ def resume(cls:Experiment,
     save_dir:str|Path='experiments' # Where bare names are looked up
 ) -> Experiment: # `fit` goes on where the checkpoint was written
     "Take up a run where one of its checkpoints left it."
-    run,path = find_run(what, save_dir, prefer='last')
-    if run and run.status()=='running': raise RunError(f'`{near_path(run.path)}` is still being trained, by process {run.read()["pid"]} on this machine.')
-    state = load_checkpoint(path)
-    exp = cls(config or _config_of(path, state), *overrides, name=name, device=device)
-    own = bool(run) and name is None and _is_newest(path)
-    if state['epoch']>=exp.cfg['trainer']['epochs'] and not (own and run.status()!='finished'):
-        raise RunError(train_longer(near_path(run.path if run else path), state['epoch'], state))
-    exp._take_up(path, run if own else None)
+    run,path,state = resume_point(what, save_dir)
+    exp = cls(config or kept_config(path, state), *overrides, name=name, device=device)
+    take_up(exp, path, folder_to_go_on(run, path, state, exp.cfg['trainer']['epochs'], renamed=name is not None))
     return exp
-
-@patch
-def _take_up(self:Experiment, path, run):
-    "Go on from the checkpoint at `path`, in the folder of `run` if there is one; from the start where nothing was saved."
-    if path: self.trainer.load(path)
-    self.source,self.folder = path,run
-    if run is None: return
-    record = run.read()
-    self._seen = record['updated']
-    self._told += what_changed(record, self.data.record(), part_records(self.cfg.data))
-
-# %% ../../nbs/50_experiments/54_experiment.ipynb #ac466a1b
-def _config_of(path, state):
-    config = (state.get('meta') or {}).get('config')
-    if config is None: raise RunError(f'`{near_path(path)}` was saved without a config, so it does not say how to go on. Give the config as well.')
-    return config
-
-def _is_newest(path):
-    "Say whether no other checkpoint of the run is ahead of this one."
-    return path.name=='last.pt' or not (path.parent/'last.pt').exists()
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #8e71b950
 @patch(cls_method=True)
@@ -317,17 +149,9 @@ def auto(cls:Experiment,
 ) -> Experiment: # `fit` goes on, or begins
     "Take up the run of this config that is not finished, or begin one."
     exp = cls(config, *overrides, name=name, device=device)
-    run,done = open_run(exp.cfg),runs_of(exp.cfg)
-    if run is None: exp._told = [f'{_done_line(o)} A new run begins.' for o in done[:1]]
-    elif is_busy(run): raise RunError(f'`{near_path(run.path)}` has the same config and is being trained by process {run.read()["pid"]} on {run.read()["host"]}. Wait for it, stop it, or leave out `--resume auto` for a second run.')
-    else: exp._take_up(newest_checkpoint(run), run)
+    run,exp.told = run_to_go_on(exp.cfg)
+    if run: take_up(exp, newest_checkpoint(run), run)
     return exp
-
-def _done_line(run):
-    "Say that a run is finished, and how to train longer."
-    path,state = newest_checkpoint(run),{}
-    if path: state = load_checkpoint(path)
-    return train_longer(near_path(run.path), run.read()['epochs'], state)+'\n'
 
 # %% ../../nbs/50_experiments/54_experiment.ipynb #d9592693
 @patch
