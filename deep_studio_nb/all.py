@@ -85,6 +85,7 @@ from .data.token_store import *
 from .data.target_column import *
 from .data.text_rows import *
 from .data.text_samples import *
+from .data.text_description import *
 from .data.text import *
 from .data.plain_datasets import *
 from .data.stored_tensors import *
@@ -97,9 +98,9 @@ from .data.show import *
 from .data.splits import *
 from .data.division import *
 from .data.division_pictures import *
-from .data.split_files import *
 
 # %% ../nbs/80_front/80_all.ipynb #4fa6b0b3
+from .data.split_files import *
 from .data.folds import *
 from .data.batches import *
 from .data.sampling import *
@@ -153,38 +154,43 @@ from .training.optimizers import *
 from .training.rate_shapes import *
 from .training.schedule import *
 from .training.schedulers import *
-from .training.passes import *
 from .training.schedule_plot import *
+from .training.passes import *
 from .training.nets import *
+from .training.batches import *
+from .training.few_batches import *
+from .training.sharded import *
+from .training.steps import *
+from .training.nan_guard import *
+from .training.switches import *
 from .training.events import *
 from .training.monitor import *
 from .training.history import *
-from .training.live_curves import *
+
+# %% ../nbs/80_front/80_all.ipynb #efc1e116
 from .training.run_lines import *
+from .training.live_curves import *
 from .training.views import *
 from .training.progress import *
 from .training.profiling import *
-from .training.background import *
-
-# %% ../nbs/80_front/80_all.ipynb #efc1e116
-from .training.sharded import *
-from .training.checkpoints import *
 from .training.stopping import *
-from .training.batches import *
-from .training.run_checks import *
+from .training.attended import *
+from .training.background import *
+from .training.checkpoints import *
 from .training.run_state import *
-from .training.steps import *
-from .training.nan_guard import *
-from .training.parallel import *
 from .training.saving import *
-from .training.switches import *
-from .training.race import *
-from .training.speed import *
+from .training.run_checks import *
 from .training.resumable import *
-from .training.few_batches import *
+from .training.written import *
+from .training.updating import *
+from .training.shared_loaders import *
+from .training.peers import *
+from .training.exchange import *
+from .training.parallel import *
 from .training.stepping import *
 from .training.batch_size import *
-from .training.attended import *
+from .training.race import *
+from .training.speed import *
 from .training.base_trainer import *
 from .training.trainer import *
 from .training.lr_curve import *
@@ -192,15 +198,16 @@ from .training.finder import *
 from .training.callbacks import *
 from .training.averaging import *
 from .training.mixing import *
+
+# %% ../nbs/80_front/80_all.ipynb #ff201852
 from .training.keeping import *
 from .training.freezing import *
 from .training.preflight_trials import *
 from .training.preflight_layers import *
 from .training.preflight_start import *
-
-# %% ../nbs/80_front/80_all.ipynb #ff201852
 from .training.preflight_learning import *
 from .training.preflight_plan import *
+from .training.preflight_pass import *
 from .training.preflight import *
 
 # %% ../nbs/80_front/80_all.ipynb #9e6f4086
@@ -219,12 +226,16 @@ from .experiments.recorder import *
 from .experiments.summary import *
 from .experiments.going_on import *
 from .experiments.together import *
+from .experiments.scoring import *
+from .experiments.on_record import *
 from .experiments.experiment import *
 from .experiments.trained import *
 from .experiments.predict import *
 from .experiments.runs import *
 from .experiments.launch import *
 from .experiments.prints import *
+from .experiments.resume_legs import *
+from .experiments.resume_trial import *
 from .experiments.verify_resume import *
 from .experiments.preflight import *
 

@@ -159,7 +159,7 @@ def _fitting(x, step):
 @TRANSFORMS.register
 class InputOnly:
     "Apply `transforms` to the input alone, and leave the target as it is."
-    joint = True
+    joint,damages = True,True      # in validation, too: damage is part of the task
     def __init__(self,
         transforms:Any # One transform or a list of them, each a name, a mapping with type and args, or a function
     ):
