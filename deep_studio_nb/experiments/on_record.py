@@ -77,6 +77,7 @@ def end_run(
     "Write down how the run ended and which files it left, and let the trackers finish."
     exp.data.save_quarantine(exp.folder)
     exp.folder.record_files('checkpoints/*.pt', 'images/*.png', 'logs/*')
+    if exp.trainer.chosen: more = {'speed': exp.trainer.chosen, **more}      # what `speed: auto` measured, and what it switched on
     exp.folder.update(status=status, ended=now(), **more)
     exp.recorder.trackers.finish(status)
 
