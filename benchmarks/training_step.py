@@ -1,6 +1,6 @@
 """What one training step costs beyond the arithmetic: a tiny MLP on tensors in memory, against the hand-written loop and the peers.
 
-    python benchmarks/training_step.py [--rounds 9] [--steps 400] [--threads 1] [--pixels 128] [--picture-rounds 21] [--write]
+    python benchmarks/training_step.py [--rounds 9] [--steps 400] [--threads 1] [--pixels 128] [--picture-rounds 11] [--write]
 
 Every round runs each contestant once, in turn, for one epoch of --steps steps of 64 samples; a ratio is taken within a round, so that a busy
 machine slows both sides, and the median over the rounds is reported. All use the same model, SGD and cross entropy. Peers that are not installed
@@ -212,8 +212,8 @@ def main():
     parser.add_argument('--steps', type=int, default=400)
     parser.add_argument('--threads', type=int, default=1, help='of PyTorch, for the tiny MLP')
     parser.add_argument('--pixels', type=int, default=128, help='height and width of the pictures; 0 leaves them out')
-    parser.add_argument('--picture-rounds', type=int, default=21)
-    parser.add_argument('--picture-steps', type=int, default=8)
+    parser.add_argument('--picture-rounds', type=int, default=11)
+    parser.add_argument('--picture-steps', type=int, default=16)
     parser.add_argument('--write', action='store_true', help='write the tables to benchmarks/training_step.md and picture_step.md')
     args = parser.parse_args()
     cores = torch.get_num_threads()
