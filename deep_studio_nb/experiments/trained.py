@@ -19,7 +19,7 @@ from .build import build_data, learn_names
 from .run_data import ids_of
 from .run_folder import RunFolder, find_run
 from ..models.interface import create_model
-from ..training.checkpoints import load_checkpoint, load_model_state
+from ..training.checkpoints import load_checkpoint, load_model_state, weights_for_use
 from ..training.losses import build_loss
 from ..training.metrics import build_metrics
 
@@ -68,7 +68,7 @@ def load_trained(
     cfg = Config(_bare_arch(meta['config']))
     cfg.check()
     model = create_model(cfg['arch'], facts=meta['facts'])
-    load_model_state(model, state['model'])
+    load_model_state(model, weights_for_use(state))
     where = pick_device(device)
     return Trained(model.to(where).eval(), cfg, meta['facts'], meta['classes'], where, path, run, state['epoch'], meta.get('fitted') or {}, meta.get('transforms') or {})
 
