@@ -44,18 +44,24 @@ class WandB(Tracker):
         self.name,self.mode,self.wait,self.run = name,one_of('mode', mode, _MODES),wait,None
 
 # %% ../../nbs/50_experiments/52c_wandb.ipynb #2066b271
-def _has_key(host:str) -> bool:
-    "Say whether this machine has a key for the server at `host`."
+_OWN = {'api.wandb.ai','api.forge.coreweave.com'} # two names of W&B's own server
+
+def _has_key(url:str) -> bool:
+    "Say whether this machine has a key for the server at `url`."
     if os.environ.get('WANDB_API_KEY') or os.environ.get('WANDB_IDENTITY_TOKEN_FILE'): return True
+    where = urlsplit(url)
+    names = {where.netloc, where.hostname} | (_OWN if where.hostname in _OWN else set())
     path = os.environ.get('NETRC') or next((o for o in (Path.home()/'.netrc', Path.home()/'_netrc') if o.exists()), None)
-    try: return bool(path) and netrc.netrc(path).authenticators(host) is not None
+    try: return bool(path) and any(map(netrc.netrc(path).authenticators, names))
     except (OSError, netrc.NetrcParseError): return False
 
 # %% ../../nbs/50_experiments/52c_wandb.ipynb #167e709e
+def _new_note() -> dict: return dict(id=secrets.token_hex(4))
+
 @patch
 def start(self:WandB, folder:Path, config:dict):
     "Begin a run of W&B, or go on with the one that the folder knows."
-    self.folder,self.config,self.note = Path(folder),config,dict(id=secrets.token_hex(4)) | self.note
+    self.folder,self.config,self.note = Path(folder),config,_new_note() | self.note
     wandb = need('wandb', 'track')
     self.run = self._online(wandb) if self._mode(wandb)=='online' else self._init(wandb, 'offline')
     self.run.define_metric('step', hidden=True)
@@ -68,7 +74,7 @@ def _mode(self:WandB, wandb:ModuleType) -> str: # online or offline
     mode = os.environ.get('WANDB_MODE') or self.mode if self.mode=='auto' else self.mode
     if mode=='offline': return mode
     self.url = wandb.setup().settings.base_url
-    if _has_key(urlsplit(self.url).hostname): return 'online'
+    if _has_key(self.url): return 'online'
     if mode=='online': raise RunError(f'Nobody is logged in to `{self.url}`. Run `wandb login` once, or set WANDB_API_KEY; `mode: offline` keeps the run on this machine.')
     get_logger('trackers').info('W&B: nobody is logged in, so the run stays on this machine. Run `wandb login` once to send runs at once.')
     return 'offline'
@@ -84,6 +90,7 @@ def _online(self:WandB, wandb:ModuleType) -> Any: # A run of W&B
         return run
     except Exception as e: # a network, a server, a proxy or a login that fails, each in its own way
         get_logger('trackers').warning('W&B cannot be used online (%s: %s). The run is kept on this machine instead.', type(e).__name__, e)
+        if not isinstance(e, RunError): self.note = _new_note() # the attempt still holds the id
         return self._init(wandb, 'offline')
 
 @patch
@@ -127,7 +134,7 @@ def finish(self:WandB, status:str):
     "End the run of W&B, and say how to send what was kept."
     kept = self.run.settings.mode=='offline' and self.run.settings.sync_dir
     self.run.finish(exit_code=int(status=='failed'))
-    if kept: get_logger('trackers').info('W&B: kept in `%s`. To send it: wandb sync --append %s', kept, kept)
+    if kept: get_logger('trackers').info('W&B: kept in `%s`. To send it: wandb sync "%s"', kept, kept)
 
 @patch
 def advice(self:WandB, error:BaseException) -> str:
