@@ -14,23 +14,16 @@ from ..common.files import atomic_path, write_json
 from .choice import Candidate, Choice, compared, notes_on
 from .comparable import best_value, check_comparable, measured_on, run_label
 from .rescore import same_samples
-from .run_folder import RunFolder, find_run, run_names
+from .run_folder import RunFolder, run_names
+from .runs import run_of
 from .trained import load_trained
 from ..training.monitor import Monitor
 
 # %% ../../nbs/50_experiments/59f_select.ipynb #e53ebd38
-def _folder(what, save_dir):
-    "The run that a person means; one without a checkpoint is named later, among those that cannot win."
-    for o in (Path(what),Path(save_dir)/what):
-        if (o/'manifest.json').exists(): return RunFolder(o)
-    run,_ = find_run(what, save_dir)
-    if run is None: raise RunError(f'`{what}` is a checkpoint outside a run, so there is nothing to compare it by.')
-    return run
-
 def _folders(which, save_dir):
     "The runs that are meant, each once."
     if which is None: return [RunFolder(Path(save_dir)/o) for o in run_names(save_dir)]
-    found = [_folder(o, save_dir) for o in which]
+    found = [run_of(o, save_dir) for o in which]
     return list({o.path.resolve(): o for o in found}.values())
 
 # %% ../../nbs/50_experiments/59f_select.ipynb #bb649c9a
