@@ -61,7 +61,8 @@ def value(self:RunRow,
     name:str # A column, a value of the best epoch, a key of the config, or an entry of the manifest
 ) -> Any: # A number or a text; None where the run has no such thing
     "Look up anything that a run knows."
-    found = (_within(o, name) for o in (self.cells,self.record.get('at_best'),self.record.get('config'),self.record))
+    if name in self.cells: return self.cells[name]
+    found = (_within(o, name) for o in (self.record.get('at_best'),self.record.get('config'),self.record))
     return _plain(next((o for o in found if o is not None), None))
 
 # %% ../../nbs/50_experiments/55b_run_rows.ipynb #dea09739
