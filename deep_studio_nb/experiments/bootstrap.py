@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..common.errors import DataError, did_you_mean, listed
 from ..common.randomness import generator
-from .intervals import Difference, Interval
+from .intervals import ScoreDifference, Interval
 
 # %% ../../nbs/50_experiments/59d_bootstrap.ipynb #714769cf
 _AT_ONCE = 2**22   # counts that are held at a time
@@ -118,13 +118,13 @@ def difference(self:Bootstrap,
     second:str, # Another one
     what:str='', # Name of the metric, for the sentence
     mode:str='max' # "max" where higher is better, "min" where lower is
-)->Difference: # Of `first - second`
+)->ScoreDifference: # Of `first - second`
     "Compare two models on every draw."
     self.interval(first),self.interval(second)
     a,b = self.scores[first],self.scores[second]
     differ = int((a!=b).sum()) if isinstance(a, Tensor) and isinstance(b, Tensor) else None
     value,bounds = self.values[first]-self.values[second],_bounds(self.drawn[first]-self.drawn[second], self.n, self.level)
-    return Difference(value, *bounds, self.level, self.n, first, second, what, mode, differ, self.of)
+    return ScoreDifference(value, *bounds, self.level, self.n, first, second, what, mode, differ, self.of)
 
 # %% ../../nbs/50_experiments/59d_bootstrap.ipynb #97320041
 def paired_bootstrap(
@@ -136,6 +136,6 @@ def paired_bootstrap(
     draws:int|None=None, # How many times to draw; what the level needs when None
     seed:int=0, # Of the draws
     groups:Sequence|None=None # n values; samples of the same value are drawn together
-)->Difference: # Of B - A; prints as a sentence
+)->ScoreDifference: # Of B - A; prints as a sentence
     "Say whether B and A differ, by drawing their samples again."
     return Bootstrap(dict(B=b, A=a), n, level, draws, seed, groups).difference('B', 'A', mode=mode)

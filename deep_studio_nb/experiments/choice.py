@@ -15,7 +15,7 @@ from ..common.pictures import new_picture
 from ..common.tables import Table, cell_text
 from .bootstrap import Bootstrap
 from .comparable import best_value, by_split, definition, measured_on, run_label
-from .intervals import Difference, Interval, plot_intervals
+from .intervals import ScoreDifference, Interval, plot_intervals
 from .recipes import recipes
 from .rescore import SampleScores
 from .run_folder import RunFolder, now
@@ -44,7 +44,7 @@ def compared(
     level:float=0.95, # Confidence of all differences together, 0 to 1
     others:int|None=None, # Candidates to be ahead of; those that are there when None
     seed:int=0 # Of the draws
-)->tuple[list[Candidate],list[Difference]]: # The candidates, best first, with their intervals; the first against each of the others
+)->tuple[list[Candidate],list[ScoreDifference]]: # The candidates, best first, with their intervals; the first against each of the others
     "Rank candidates by what they scored, and compare the first with the others."
     there = sorted(there, key=lambda o: o.scored.value, reverse=watch.mode=='max')
     names = [run_label(o.run, [c.run for c in there]) for o in there]
@@ -62,7 +62,7 @@ class Choice:
     left:dict[str,str] # Runs that could not take part, and why
     monitor:Monitor # What decided
     path:Path # Where the winner's model is now
-    differences:list[Difference]=field(default_factory=list) # The winner against each of the others that were scored
+    differences:list[ScoreDifference]=field(default_factory=list) # The winner against each of the others that were scored
     notes:list[str]=field(default_factory=list) # What else a reader should know
     level:float=0.95 # At which all differences hold together
 

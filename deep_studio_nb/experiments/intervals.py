@@ -15,7 +15,7 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% auto #0
-__all__ = ['rounded', 'Interval', 'Difference', 'plot_intervals']
+__all__ = ['rounded', 'Interval', 'ScoreDifference', 'plot_intervals']
 
 # %% ../../nbs/50_experiments/59c_intervals.ipynb #17bc679a
 def rounded(
@@ -46,7 +46,7 @@ class Interval:
 
 # %% ../../nbs/50_experiments/59c_intervals.ipynb #2946cdf4
 @dataclass(frozen=True, repr=False)
-class Difference(Interval):
+class ScoreDifference(Interval):
     "How far one model lies above another in some metric, and whether that is evidence."
     first:str='B' # The model whose score comes first in `first - second`
     second:str='A' # The model that is subtracted
@@ -72,7 +72,7 @@ class Difference(Interval):
 _FEW = 30   # samples; below, bounds are a hint and no more
 
 @patch
-def __str__(self:Difference):
+def __str__(self:ScoreDifference):
     over = f'{100*self.level:.4g} % interval {self.bounds("+")} over {self.n:,} {self.of}'
     what = f' in {self.what}'*bool(self.what)
     if not self.evidence: said = f'no evidence that {self.first} and {self.second} differ{what}, {over}'
@@ -80,7 +80,7 @@ def __str__(self:Difference):
     return said + ''.join(f'; {o}' for o in self._caveats())
 
 @patch
-def _caveats(self:Difference):
+def _caveats(self:ScoreDifference):
     "What a reader should know before leaning on it."
     if self.n<2: yield 'one alone says nothing about how much it varies'
     elif self.differ==0: yield f'the scores are the same on all {self.of}'
@@ -101,7 +101,7 @@ def plot_intervals(
         color = 'tab:blue' if getattr(o, 'evidence', True) else 'tab:gray'
         if math.isfinite(o.low) and math.isfinite(o.high): ax.plot([o.low,o.high], [y,y], color=color, lw=2, solid_capstyle='butt')
         ax.plot(o.value, y, 'o', color=color, ms=6)
-    if any(isinstance(o, Difference) for o in intervals.values()): ax.axvline(0, color='black', lw=0.8)
+    if any(isinstance(o, ScoreDifference) for o in intervals.values()): ax.axvline(0, color='black', lw=0.8)
     ax.set(ylim=(len(intervals)-0.5,-0.5), xlabel=what)
     ax.set_yticks(range(len(intervals)), list(intervals))
     ax.xaxis.set_major_locator(MaxNLocator(5))

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..common.errors import DataError, RunError
 from ..common.tables import Table
 from .comparable import best_value, by_split, measured_on, run_label, unlike_in
-from .intervals import Difference, rounded
+from .intervals import ScoreDifference, rounded
 from .run_folder import RunFolder
 from ..training.monitor import Monitor
 
@@ -47,20 +47,20 @@ def spread_difference(
     paired:bool=True, # Whether `b[i]` and `a[i]` share their seed, or their fold
     level:float=0.95, # Confidence, 0 to 1
     overlap:float=0., # For folds: samples that were measured over samples that were trained on; 0 for seeds
-    **more # Names and mode, as fields of `Difference`
-)->Difference: # Of the means, `b - a`
+    **more # Names and mode, as fields of `ScoreDifference`
+)->ScoreDifference: # Of the means, `b - a`
     "Compare two recipes over the runs that were made of them."
     from scipy.special import stdtrit
     if paired and len(a)!=len(b): raise DataError(f'There are {len(b)} and {len(a)} runs: pairs need as many of the one as of the other. Say paired=False.')
     parts = [Spread([x-y for x,y in zip(b, a)])] if paired else [Spread(b),Spread(a)]
     value,n = Spread(b).mean-Spread(a).mean,min(len(b), len(a))
     more = dict(first='B', second='A', of='runs')|more
-    if n<2: return Difference(value, -math.inf, math.inf, level, n, **more)
+    if n<2: return ScoreDifference(value, -math.inf, math.inf, level, n, **more)
     errors = [o.sd**2*(1/len(o)+overlap) for o in parts]
     total = sum(errors)
     df = total**2/sum(e**2/(len(o)-1) for e,o in zip(errors, parts)) if total else n-1
     half = -stdtrit(df, (1-level)/2)*math.sqrt(total)
-    return Difference(value, value-half, value+half, level, n, **more)
+    return ScoreDifference(value, value-half, value+half, level, n, **more)
 
 # %% ../../nbs/50_experiments/59d_recipes.ipynb #6eed0a4e
 _ASIDE = {'': ('name','seed','device','n_gpu','trackers','base'), 'trainer': ('save_dir','verbosity','tensorboard','save_period','threads'), 'data_loader': ('seed','fold','num_workers','start')}
@@ -95,7 +95,7 @@ class Recipes:
         first:str, # One of the recipes
         second:str, # Another one
         level:float=0.95 # Confidence, 0 to 1
-    )->Difference: # Of their means
+    )->ScoreDifference: # Of their means
         "Compare two recipes over their runs."
         a,b = self.values[first],self.values[second]
         both = [o for o in a if o in b]
