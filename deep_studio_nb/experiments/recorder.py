@@ -26,7 +26,7 @@ from ..training.progress import LogSteps
 class Ration:
     "Say when something may be done again, so that it takes no more than its share of the time."
     def __init__(self,
-        share:float=0.01, # Of the time, above 0
+        share:float=0.005, # Of the time, above 0
         pause:float=0. # Seconds to wait in any case
     ):
         self.share,self.pause,self.next = share,pause,0.
