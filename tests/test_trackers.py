@@ -10,7 +10,7 @@ from torch import nn
 from deep_studio_nb.common.registry import TRACKERS
 from deep_studio_nb.experiments import mlflow as _mlflow, tensorboard as _tensorboard, wandb as _wandb  # noqa: F401 (they register themselves)
 from deep_studio_nb.experiments.experiment import Experiment
-from deep_studio_nb.experiments.local_values import read_values
+from deep_studio_nb.experiments.local_values import tracked_values
 from deep_studio_nb.experiments.trackers import Tracker, Trackers
 from deep_studio_nb.training.events import Callback
 from training_kills import in_a_child
@@ -159,7 +159,7 @@ def test_wanted_online_without_a_login_is_told_once(alone, said):
     run = track(alone/'run', TRACKERS.build(dict(type='wandb', args=dict(mode='online'))), range(1, 20))
     assert run.alive==[] and len([o for o in said if 'silent from here on' in o])==1
     assert 'wandb login' in said[0] and 'mode: offline' in said[0]
-    assert len(read_values(alone/'run'))==19
+    assert len(tracked_values(alone/'run'))==19
 
 def test_without_a_network_wandb_stays_on_this_machine(alone, said, monkeypatch):
     library('wandb')
@@ -252,7 +252,7 @@ def test_a_library_that_is_not_installed(tmp_path, said, monkeypatch):
     run.log(1, dict(loss=1))
     run.finish('finished')
     assert run.alive==[] and len(said)==3 and all('pip install "deep_studio_nb[track]"' in o for o in said)
-    assert read_values(tmp_path)==[dict(step=1, loss=1)]
+    assert tracked_values(tmp_path)==[dict(step=1, loss=1)]
 
 @TRACKERS.register
 class Slow(Tracker):
@@ -302,7 +302,7 @@ def test_an_experiment_is_tracked_in_all_its_parts(alone):
     assert [o.step for o in seen.Images('noise')]==[n, 2*n, 3*n]
     assert {'images/train_batch', 'figures/loss_curve'} <= set(seen.Tags()['images'])
     assert seen.Scalars('loss/test')[0].value==pytest.approx(exp.folder.read()['test']['loss'])
-    assert [o['val_loss'] for o in read_values(exp.folder.path) if 'val_loss' in o]==list(exp.trainer.history['val_loss'])
+    assert [o['val_loss'] for o in tracked_values(exp.folder.path) if 'val_loss' in o]==list(exp.trainer.history['val_loss'])
 
 def dies(out, folder, env, trackers):
     "Train, and be killed when the third epoch has been told but not saved."
@@ -331,7 +331,7 @@ def test_each_step_is_told_once_after_a_kill(alone):
     exp.fit()
     n = len(exp.data.train)
     want = [n*o for o in range(1, 6)]
-    assert [o['step'] for o in read_values(exp.folder.path) if 'val_loss' in o]==want
+    assert [o['step'] for o in tracked_values(exp.folder.path) if 'val_loss' in o]==want
     if 'tensorboard' in trackers:
         seen = event_folder(exp.folder.path).Scalars('loss/valid')
         assert [o.step for o in seen]==want and [o.value for o in seen]==pytest.approx(exp.trainer.history['val_loss'])

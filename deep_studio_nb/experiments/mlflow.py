@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from fastcore.basics import patch
 from ..common.errors import RunError, need
 from ..common.files import safe_name

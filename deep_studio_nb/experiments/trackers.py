@@ -23,9 +23,8 @@ from torch import nn
 from ..common.files import safe_name, write_bytes, write_json, write_text
 from ..common.logs import get_logger
 from ..common.randomness import rng_state, set_rng_state
-from ..common.registry import TRACKERS
 from ..common.types import split_batch
-from .local_values import Values, read_values
+from .local_values import Values, tracked_values
 from .services import as_png, read_note
 
 # %% ../../nbs/50_experiments/52_trackers.ipynb #cb55fc57
@@ -219,7 +218,7 @@ def start(self:Trackers,
     self.folder,self.step,self._told,rows = Path(folder).absolute(),0,set(),[]
     self._close()
     self.values = Values(self.folder)
-    with self._safely('What was tracked before'): rows = read_values(self.folder)
+    with self._safely('What was tracked before'): rows = tracked_values(self.folder)
     self.posts = [o if o.thread else _Post(o.tracker, o.name, self.pause, self.room) for o in self.posts]
     self._tell('start', self.folder, deepcopy(dict(config)), rows)
 
