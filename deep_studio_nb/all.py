@@ -238,6 +238,14 @@ from .experiments.resume_legs import *
 from .experiments.resume_trial import *
 from .experiments.verify_resume import *
 from .experiments.preflight import *
+from .experiments.intervals import *
+from .experiments.bootstrap import *
+from .experiments.comparable import *
+from .experiments.recipes import *
+from .experiments.contributions import *
+from .experiments.rescore import *
+from .experiments.choice import *
+from .experiments.select import *
 
 # %% ../nbs/80_front/80_all.ipynb #677a2894
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -146,12 +146,16 @@ def choose(
     monitor:str=typer.Option(None, '--monitor', metavar='"min val_loss"', help="What decides; the runs' own monitor when it is left out."),
     save_dir:str=typer.Option('experiments', '--dir', help='The folder that holds the runs.'),
     to:str=typer.Option('checkpoints/final_model.pt', '--to', help='Where the winner goes.'),
+    rescore:bool=typer.Option(True, help='Score the candidates again, on the same samples; without it there are no intervals.'),
+    top:int=typer.Option(10, min=1, help='How many are scored again, the best by their records.'),
+    level:float=typer.Option(0.95, min=0.5, max=0.9999, help='Confidence of intervals and verdicts.'),
+    device:str=typer.Option('auto', '-d', '--device', metavar='auto|cpu|cuda'),
 ):
     """Copy the best model of all runs to checkpoints/.
 
-    The winner is named and the reason given; a record of both lies beside final_model.pt."""
-    from deep_studio_nb.experiments.runs import select_best
-    print(select_best(runs or None, monitor=monitor, save_dir=save_dir, to=to))
+    The candidates are scored again on the same samples. The winner is named, with how far it is ahead of each of the others and whether that is evidence; a record of it all lies beside final_model.pt."""
+    from deep_studio_nb.experiments.select import select_best
+    print(select_best(runs or None, monitor, save_dir, to, rescore, top, level, device))
 
 # %% ../nbs/80_front/81_cli.ipynb #b96c4b77
 @app.command('runs')

@@ -14,7 +14,7 @@ from PIL import Image
 
 from deep_studio_nb.common.errors import DataError, RunError
 from deep_studio_nb.data import label_journal
-from deep_studio_nb.data.corrections import drop_sample, find_sample, relabel_sample, replay, undo_edit
+from deep_studio_nb.data.corrections import drop_sample, find_sample, relabel_sample, replay_edits, undo_edit
 from deep_studio_nb.data.image_folder import ImageFolder
 from deep_studio_nb.data.label_journal import LabelJournal
 from deep_studio_nb.data.loaders import BaseDataLoader
@@ -474,4 +474,4 @@ def test_replay_without_a_journal_hashes_nothing(photos):
     class Silent(ImageFolder):
         def content_ids(self, indices=None): pytest.fail('hashed')
         def content_id(self, i): pytest.fail('hashed')
-    assert not replay(Silent(photos), None, photos)
+    assert not replay_edits(Silent(photos), None, photos)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common.errors import DataError
 from ..common.logs import get_logger
 from .bad_files import file_hashes, find_bad
-from .corrections import replay
+from .corrections import replay_edits
 from .image_files import BadFile, guess_mode, read_image
 from .image_pixels import read_pixels
 from .samples import BaseDataset
@@ -73,7 +73,7 @@ class ImageDataset(BaseDataset):
 @patch
 def _correct(self:ImageDataset):
     "Do what the journal of labels says."
-    edits = replay(self, self.journal, self.data_dir)
+    edits = replay_edits(self, self.journal, self.data_dir)
     for i,to in edits.labels.items(): self.labels[i] = self._as_label(to, self.labels[i])
     if edits.keep is not None:
         for o in self._per_sample: setattr(self, o, [getattr(self, o)[i] for i in edits.keep])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from ..common.errors import DataError, listed
-from .corrections import replay
+from .corrections import replay_edits
 from .tensors import Tensors
 
 # %% ../../nbs/10_data/16a_stored_tensors.ipynb #bbef1cfc
@@ -42,7 +42,7 @@ def _load_split(self:StoredTensors, split):
     if split not in self._splits: raise DataError(f"`{self.data_dir}` has no {split} split: this data has {listed(self._splits)}.")
     self.stage,self._part,self._rows,self.left_out = split,split,None,{}
     self.x,self.y = self._stored(split)
-    edits = replay(self, self.journal, self.data_dir)
+    edits = replay_edits(self, self.journal, self.data_dir)
     if edits.labels: self.y = self.y.clone()
     for i,to in edits.labels.items(): self.y[i] = self._as_target(to)
     self.left_out = edits.left_out
