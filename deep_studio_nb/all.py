@@ -34,6 +34,8 @@ from .common.pictures import *
 from .common.tables import *
 from .common.drawn_tables import *
 from .common.findings import *
+from .common.conditions import *
+from .common.clickable_tables import *
 
 # %% ../nbs/80_front/80_all.ipynb #22811a53
 from .data.contract import *
@@ -216,10 +218,15 @@ from .evaluation.evaluate import *
 from .evaluation.results import *
 from .evaluation.pictures_out import *
 
-# %% ../nbs/80_front/80_all.ipynb #59ad54aa
+# %% ../nbs/80_front/80_all.ipynb #61dd35d8
 from .experiments.run_folder import *
 from .experiments.provenance import *
+from .experiments.services import *
+from .experiments.local_values import *
 from .experiments.trackers import *
+from .experiments.tensorboard import *
+from .experiments.wandb import *
+from .experiments.mlflow import *
 from .experiments.run_data import *
 from .experiments.build import *
 from .experiments.recorder import *
@@ -231,13 +238,20 @@ from .experiments.on_record import *
 from .experiments.experiment import *
 from .experiments.trained import *
 from .experiments.predict import *
+from .experiments.run_rows import *
 from .experiments.runs import *
+from .experiments.differences import *
+from .experiments.curves import *
+from .experiments.compare import *
 from .experiments.launch import *
 from .experiments.prints import *
 from .experiments.resume_legs import *
 from .experiments.resume_trial import *
 from .experiments.verify_resume import *
 from .experiments.preflight import *
+
+# %% ../nbs/80_front/80_all.ipynb #17806fd1
+from .experiments.reproduce import *
 from .experiments.intervals import *
 from .experiments.bootstrap import *
 from .experiments.comparable import *
@@ -246,6 +260,16 @@ from .experiments.contributions import *
 from .experiments.rescore import *
 from .experiments.choice import *
 from .experiments.select import *
+from .experiments.axes import *
+from .experiments.space import *
+from .experiments.variants import *
+from .experiments.samplers import *
+from .experiments.storage import *
+from .experiments.trials import *
+from .experiments.trying import *
+from .experiments.sweep_plots import *
+from .experiments.sweep_view import *
+from .experiments.sweeps import *
 
 # %% ../nbs/80_front/80_all.ipynb #677a2894
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -16,7 +16,7 @@ from ..common.errors import DataError, listed
 from ..common.tables import Table
 from .column_values import Words, read_values
 from .columns import Role, role_table
-from .corrections import replay
+from .corrections import replay_edits
 from .samples import BaseDataset
 from .table_codes import TargetCode
 from .table_parts import TablePart, TableParts
@@ -123,7 +123,7 @@ def _correct(self:RowSamples):
     "Do what the journal of labels says."
     folder = Path(self.file).parent if isinstance(self.file, (str,Path)) else None
     if folder is None and self.journal is None: return
-    edits = replay(self, self.journal, folder or '.')
+    edits = replay_edits(self, self.journal, folder or '.')
     self._part = relabelled(self._part, self._parts.target, {int(self.rows[i]): o for i,o in edits.labels.items()})
     if edits.keep is not None: self.rows = self.rows[edits.keep]
     self.left_out = edits.left_out

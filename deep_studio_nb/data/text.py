@@ -16,7 +16,7 @@ from ..common.errors import DataError, did_you_mean, listed
 from ..common.logs import get_logger
 from ..common.registry import DATASETS
 from . import text_description  # noqa: F401 (facts, names and pictures of texts)
-from .corrections import replay
+from .corrections import replay_edits
 from .image_files import BadFile
 from .samples import STAGES
 from .table_files import TableFile
@@ -164,7 +164,7 @@ def _corrected(self:TextFile, name, rows, y):
     "Rows and targets as the journal of labels says, and what it leaves out."
     res = self.using('train')
     res.name,res.source,res.rows,res.y = name,self._sources[name],rows,y
-    edits = replay(res, self.journal if self.data_dir or self.journal else 'off', self.data_dir or '.')
+    edits = replay_edits(res, self.journal if self.data_dir or self.journal else 'off', self.data_dir or '.')
     if edits.labels and y is not None:
         cells = [self.label_sep.join(o) if isinstance(o, list) else str(o) for o in edits.labels.values()]
         y = y.index_copy(0, torch.tensor(list(edits.labels)), TargetColumn(cells).encoded(range(len(cells)), self.task, self.classes or (), self.label_sep, str))
