@@ -146,7 +146,7 @@ def test_a_run_at_work_is_left_alone(here):
 def test_a_folder_without_manifest_is_no_run(here):
     (here/'experiments/empty').mkdir()
     assert len(choose().ranked)==2
-    with pytest.raises(RunError, match='neither a run folder'): choose(['empty'])
+    with pytest.raises(RunError, match='is no run folder'): choose(['empty'])
 
 def test_moved_and_renamed_runs_are_found_where_they_are(here):
     shutil.move('experiments/wide', here/'다른 곳')
