@@ -33,7 +33,7 @@ class Variants:
         else: doc = load_document(self.path) if self.path else with_bases(Document(deepcopy(dict(config))), self.folder or '.', [])
         apply_overrides(doc, overrides, [])
         if doc.problems: raise config_error(doc.problems)
-        self.data = doc.data # Plain data, references not yet followed
+        self.data,self.overrides = doc.data,overrides # Plain data, references not yet followed; what made it differ from the file
 
     def __call__(self,
         *texts:str # Overrides, as in `trainer.epochs=3`
