@@ -93,35 +93,50 @@ def _in_time(times, k):
         cuts.append(min(free, key=lambda p: abs(p-j*len(order)/(k+1))))
     return [sorted(order[a:b]) for a,b in zip(cuts, [*cuts[1:],len(order)])]
 
-# %% ../../nbs/10_data/17d_folds.ipynb #8ebe119a
+# %% ../../nbs/10_data/17d_folds.ipynb #48391a7a
 class Folds(Sequence):
     "Divisions of one dataset, each of which holds out another block."
     def __init__(self,
         dataset:BaseDataset, # All samples
         blocks:list[list[list[int]]], # A list of blocks for each repetition, a block being numbers of samples
         in_order:bool=False, # Whether a block is held out from those before it only
-        how:dict[str,Any]|None=None # What they were made by
-    ): self.dataset,self.blocks,self.in_order,self.how = dataset,blocks,in_order,dict(how or {})
+        how:dict[str,Any]|None=None, # What they were made by
+        held:dict[str,list[int]]|None=None # Numbers of the samples that no fold has: "test", where some are held out from all
+    ): self.dataset,self.blocks,self.in_order,self.how,self.held = dataset,blocks,in_order,dict(how or {}),dict(held or {})
 
     def __len__(self): return sum(len(o)-self.in_order for o in self.blocks)
     def __repr__(self): return f'Folds({len(self)} of {len(self.dataset):,} samples)'
 
     def parts(self,
         fold:int # Number of the fold, from 0
-    )->dict[str,list[int]]: # Numbers of the samples for "train" and "valid"
+    )->dict[str,list[int]]: # Numbers of the samples for "train" and "valid", and for "test" where it is held out from all folds
         "Say which samples are in which part in a fold."
         if not -len(self)<=fold<len(self): raise IndexError(f"Fold {fold} is asked for, but there are {len(self)}.")
         per = len(self.blocks[0])-self.in_order
         some,k = self.blocks[fold%len(self)//per],fold%per
         before = some[:k+1] if self.in_order else [*some[:k], *some[k+1:]]
-        return dict(train=sorted(i for o in before for i in o), valid=sorted(some[k+self.in_order]))
+        return dict(train=sorted(i for o in before for i in o), valid=sorted(some[k+self.in_order]), **self.held)
 
     def __getitem__(self, fold):
         if isinstance(fold, slice): return [self[i] for i in range(*fold.indices(len(self)))]
         numbers = self.parts(fold)
         return Division(self.dataset.fit(torch.tensor(numbers['train'])), numbers, {**self.how, 'fold': fold%len(self)})
 
-# %% ../../nbs/10_data/17d_folds.ipynb #70d8ba1f
+# %% ../../nbs/10_data/17d_folds.ipynb #922fca21
+def _blocks(ds, some, k, repeats, by, groups, times, seed):
+    "Divide the samples `some` into blocks, for each repetition: places in `some`."
+    if k>len(some): raise DataError(f"{k} folds are more than there are samples ({len(some)}).")
+    pick = lambda o: o if o is None or len(some)==len(o) else [o[i] for i in some]
+    if by=='time':
+        if repeats>1: raise DataError(f"`repeats` is {repeats}, but in order of time there is only one way to make {k} folds.")
+        return [_in_time(pick(values_of(ds, times, 'times')), k)]
+    mine = None if groups is None else pick(values_of(ds, groups))
+    if mine is not None and len(set(map(str, mine)))<k: raise DataError(f"{k} folds are more than there are groups ({len(set(map(str, mine)))}: {listed(dict.fromkeys(map(str, mine)))}), and a group stays whole.")
+    keys = None if by=='random' else _fold_keys(pick(ds.targets()), k, ds.classes)
+    seeds = [seed if not r else derive(seed, r) for r in range(repeats)]
+    return [_shuffled(len(some), k, keys, o) if mine is None else _grouped(mine, k, keys, o) for o in seeds]
+
+# %% ../../nbs/10_data/17d_folds.ipynb #edcbd762
 def folds(
     dataset:Any, # A `BaseDataset`, or anything that has a length and gives samples by number
     k:int=5, # How many folds
@@ -129,21 +144,19 @@ def folds(
     by:str='stratified', # "stratified" by class, "random", whole "group"s, or in order of "time"
     groups:Any=None, # What belongs together: a column, "folder", a pattern for names, a function of the name, or the values
     times:Any=None, # When each sample was taken, in the same words
-    seed:int=0 # Another seed gives other blocks
+    seed:int=0, # Another seed gives other blocks
+    test_split:float|int|None=0.0 # What to hold out for the test from all folds, as `divide`
 )->Folds: # k times repeats divisions
     "Divide `dataset` so that every sample is held out once (or `repeats` times)."
     ds,by = as_dataset(dataset),way_of(by, groups, times)
     _check_counts(k=(k,2), repeats=(repeats,1))
-    if k>len(ds): raise DataError(f"{k} folds are more than there are samples ({len(ds)}).")
     how = dict(by=by, folds=k, repeats=repeats, seed=seed, **{n: o if isinstance(o, str) else 'given' for n,o in (('groups',groups),('times',times)) if o is not None})
-    if by=='time':
-        if repeats>1: raise DataError(f"`repeats` is {repeats}, but in order of time there is only one way to make {k} folds.")
-        return Folds(ds, [_in_time(values_of(ds, times, 'times'), k)], True, how)
-    mine = None if groups is None else values_of(ds, groups)
-    if mine is not None and len(set(map(str, mine)))<k: raise DataError(f"{k} folds are more than there are groups ({len(set(map(str, mine)))}: {listed(dict.fromkeys(map(str, mine)))}), and a group stays whole.")
-    keys = None if by=='random' else _fold_keys(ds.targets(), k, ds.classes)
-    seeds = [seed if not r else derive(seed, r) for r in range(repeats)]
-    return Folds(ds, [_shuffled(len(ds), k, keys, o) if mine is None else _grouped(mine, k, keys, o) for o in seeds], False, how)
+    held = {n: o for n,o in divide(ds, 0, test_split, by, groups, times, seed).numbers.items() if n=='test'} if test_split else {}
+    if held: how['test_split'] = test_split
+    out = set(held.get('test', ()))
+    some = [i for i in range(len(ds)) if i not in out]
+    blocks = [[[some[i] for i in b] for b in o] for o in _blocks(ds, some, k, repeats, by, groups, times, seed)]
+    return Folds(ds, blocks, by=='time', how, held)
 
 # %% ../../nbs/10_data/17d_folds.ipynb #a15bcad3
 @patch
@@ -151,7 +164,7 @@ def draw(self:Folds,
     groups:Any=None # What to draw below, in the words of `folds`; None for nothing but the classes
 )->Figure: # A fold a row, a sample a column
     "Draw which samples are held out in which fold."
-    order = [i for o in self.blocks[0] for i in o] if self.in_order else None
+    order = [i for o in (*self.blocks[0],*self.held.values()) for i in o] if self.in_order else None
     return draw_divisions({f'fold {j}': self.parts(j) for j in range(len(self))}, self.dataset, groups, order)
 
 # %% ../../nbs/10_data/17d_folds.ipynb #f67a68a3

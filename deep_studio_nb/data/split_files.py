@@ -50,7 +50,9 @@ def save_split(
     res = dict(format=SPLIT_FORMAT, made=datetime.now(timezone.utc).isoformat(timespec='seconds'), how={k: v for k,v in what.how.items() if v is not None},
                data=dict(samples=len(ds), fingerprint=ds.fingerprint(), classes=ds.classes and list(ds.classes)))
     if blocks is None: res.update(given=_given(what), parts={k: [names[i] for i in o] for k,o in what.numbers.items()})
-    else: res.update(in_order=what.in_order, blocks=[[[names[i] for i in o] for o in some] for some in blocks])
+    else:
+        res.update(in_order=what.in_order, blocks=[[[names[i] for i in o] for o in some] for some in blocks])
+        if what.held: res['held'] = {k: [names[i] for i in o] for k,o in what.held.items()}
     return write_json(path, res, indent=1)
 
 # %% ../../nbs/10_data/17c_split_files.ipynb #1f5df7d6
@@ -114,13 +116,14 @@ def load_split(
     path = Path(path)
     text,o = _read(path)
     if not isinstance(o, dict) or o.get('format')!=SPLIT_FORMAT: raise DataError(f"`{path}` is no split that this version reads: its `format` is {o.get('format') if isinstance(o, dict) else None!r} instead of {SPLIT_FORMAT!r}.")
-    if not isinstance(o.get('blocks', []), list) or not isinstance(o.get('parts', {}), dict) or ('blocks' in o)==('parts' in o): raise DataError(f"`{path}` cannot be used: it has to hold either `parts` (name of a part and names of samples) or `blocks` (of names).")
-    wrong = [k for k in (*o.get('parts', {}),*o.get('given', {})) if k not in STAGES]
+    if not isinstance(o.get('blocks', []), list) or not all(isinstance(o.get(k, {}), dict) for k in ('parts','held')) or ('blocks' in o)==('parts' in o): raise DataError(f"`{path}` cannot be used: it has to hold either `parts` (name of a part and names of samples) or `blocks` (of names).")
+    held = o.get('held', {})
+    wrong = [k for k in (*o.get('parts', {}),*o.get('given', {}),*held) if k not in STAGES]
     if wrong: raise DataError(f"`{path}` has a part `{wrong[0]}`{did_you_mean(wrong[0], STAGES) or '.'} Parts are {listed(STAGES)}.")
     if 'blocks' not in o and not o['parts'].get('train'): raise DataError(f"`{path}` has no samples for training.")
-    for some in o.get('blocks', []): _check_names(path, text, {f'blocks {k}': b for k,b in enumerate(some if isinstance(some, list) else [some])})
+    for some in o.get('blocks', []): _check_names(path, text, {f'blocks {k}': b for k,b in enumerate(some if isinstance(some, list) else [some])} | held)
     _check_names(path, text, o.get('parts', {}))
-    rows = _expand(o['blocks'], o.get('in_order')) if 'blocks' in o else [o['parts']]
+    rows = [row | held for row in _expand(o['blocks'], o.get('in_order'))] if 'blocks' in o else [o['parts']]
     return SavedSplit(path, rows, 'blocks' in o, o.get('given', {}), o.get('how', {}), o.get('data', {}))
 
 # %% ../../nbs/10_data/17c_split_files.ipynb #7c46b16a
