@@ -50,9 +50,9 @@ def find_rate(
     from deep_studio_nb.common.devices import using_threads
     from deep_studio_nb.common.pictures import save_picture
     exp = _asked(words, device)
-    with using_threads(exp.cfg.get('trainer.threads')): found = exp.trainer.find_lr(steps=steps)
+    with using_threads(exp.config.get('trainer.threads')): found = exp.trainer.find_lr(steps=steps)
     print(found)
-    key = 'lr_scheduler.args.max_lr' if 'max_lr' in exp.cfg.get('lr_scheduler.args', {}) else 'optimizer.args.lr' # a schedule that names its peak sets the rate itself
+    key = 'lr_scheduler.args.max_lr' if 'max_lr' in exp.config.get('lr_scheduler.args', {}) else 'optimizer.args.lr' # a schedule that names its peak sets the rate itself
     if found.lr: print(f'Use it as: {key}={found.lr:.2g}')
     if out: print(f'The curve: {short_path(save_picture(found.plot(), out) or out)}')
     return 0 if found.lr else 1
@@ -67,7 +67,7 @@ def find_size(
     "Find how many samples a batch can and should have for what CONFIG describes."
     from deep_studio_nb.common.devices import using_threads
     exp = _asked(words, device)
-    with using_threads(exp.cfg.get('trainer.threads')): found = exp.trainer.find_batch_size(min(8, most), most, seconds)
+    with using_threads(exp.config.get('trainer.threads')): found = exp.trainer.find_batch_size(min(8, most), most, seconds)
     print(found)
     print(f'Use it as: data_loader.args.batch_size={found.best}' + ', and look for the learning rate again: deep-studio find-lr'*(found.best!=exp.trainer.train_loader.batch_size))
 

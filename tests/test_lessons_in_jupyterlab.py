@@ -63,7 +63,7 @@ def test_training_in_the_background(lab):
     "The notebook is free, the curves move, pause and stop are heard; all in the output of the cell that began."
     cells = [TINY.replace("name='tiny'", "name='apart'"), 'run = exp.fit(background=True)', BESIDE, 'run.pause()', 'run.resume();', 'ev = exp.evaluate("valid")\nprint("scored", len(ev.metrics) > 0)',
              'exp.fit()', 'history = run.stop()\nprint(exp.folder.read()["status"], len(history)>0)', 'exp.trainer.epochs = len(history)+2\nagain = exp.fit(background=True).wait()',
-             '''straight = Experiment(dict(exp.cfg.data, name='straight'), device='cpu')
+             '''straight = Experiment(dict(exp.config.data, name='straight'), device='cpu')
 straight.trainer.epochs = exp.trainer.epochs
 straight.fit()
 print("same", all(torch.equal(v, straight.model.state_dict()[k]) for k,v in exp.model.state_dict().items()))''']

@@ -43,26 +43,26 @@ class Experiment:
         begin()
         learn_names()
         extra = [f'{k}={json.dumps(v, ensure_ascii=False)}' for k,v in dict(name=name, device=device).items() if v is not None]
-        self.cfg = Config.read(config, *overrides, *extra)
-        self.cfg.check()
+        self.config = Config.read(config, *overrides, *extra)
+        self.config.check()
         self.folder,self.source,self.recorder,self.seen,self.told = None,None,None,None,[]
 
     @cached_property
     def device(self) -> torch.device:
         "The device that trains."
-        return pick_device(self.cfg.get('device') or 'auto', n_gpu=self.cfg.get('n_gpu'))
+        return pick_device(self.config.get('device') or 'auto', n_gpu=self.config.get('n_gpu'))
     @cached_property
     def data(self) -> Splits:
         "The loaders of train, valid and test."
-        return build_data(self.cfg)
+        return build_data(self.config)
     @cached_property
     def model(self) -> nn.Module:
         "The model, with first weights that follow from the seed."
-        return build_model(self.cfg, self.data.facts)
+        return build_model(self.config, self.data.facts)
     @cached_property
     def trainer(self) -> BaseTrainer:
         "The trainer, with everything from the config but no folder yet."
-        return build_trainer(self.cfg, self.model, self.data, self.device)
+        return build_trainer(self.config, self.model, self.data, self.device)
 
 # %% ../../nbs/50_experiments/53_experiment.ipynb #55f0c226
 def _in_short(spec):
@@ -75,7 +75,7 @@ def _in_short(spec):
 # %% ../../nbs/50_experiments/53_experiment.ipynb #62eafe22
 @patch
 def _repr_markdown_(self:Experiment):
-    cfg = self.cfg
+    cfg = self.config
     rows = [f'| {k} | `{_in_short(cfg.get(k))}` |' for k in ('dataset','data_loader','arch','loss','metrics','optimizer','lr_scheduler') if cfg.get(k)]
     state = f'in `{near_path(self.folder.path)}`' if self.folder else 'not trained yet'
     return '\n'.join([f'**{cfg["name"]}**, {cfg["trainer"]["epochs"]} epochs, seed {cfg["seed"]}, {state}', '', '| part | what |', '|---|---|', *rows])
@@ -90,10 +90,10 @@ def fit(self:Experiment,
     check_apart(background)
     if not is_main(): return follow(self)
     meet()
-    if self.cfg.get('trainer.fast_dev_run'): return try_out(self)
+    if self.config.get('trainer.fast_dev_run'): return try_out(self)
     if self.folder and not self.trainer.left and self.folder.status()=='finished': raise RunError(train_longer(near_path(self.folder.path), len(self.trainer.history), self.trainer.state_dict()))
-    level = self.cfg['trainer'].get('verbosity', 1)
-    with using_threads(self.cfg.get('trainer.threads')), logging_to(None, level), records_kept() as said: begin_run(self)
+    level = self.config['trainer'].get('verbosity', 1)
+    with using_threads(self.config.get('trainer.threads')), logging_to(None, level), records_kept() as said: begin_run(self)
     if not background: return self._fit(level, said)
     _latest['run'] = run = in_background(self.trainer, lambda: self._fit(level, said))
     return run
@@ -101,7 +101,7 @@ def fit(self:Experiment,
 @patch
 def _fit(self:Experiment, level, said) -> History:
     "Train into the folder that there is."
-    with using_threads(self.cfg.get('trainer.threads')), self.folder.claimed(), logging_to(self.folder.file('logs','training.log'), level):
+    with using_threads(self.config.get('trainer.threads')), self.folder.claimed(), logging_to(self.folder.file('logs','training.log'), level):
         check_untouched(self)
         repeat(said)
         train_run(self)
@@ -136,7 +136,7 @@ def resume(cls:Experiment,
     "Take up a run where one of its checkpoints left it."
     run,path,state = resume_point(what, save_dir)
     exp = cls(config or kept_config(path, state), *overrides, name=name, device=device)
-    take_up(exp, path, folder_to_go_on(run, path, state, exp.cfg['trainer']['epochs'], renamed=name is not None))
+    take_up(exp, path, folder_to_go_on(run, path, state, exp.config['trainer']['epochs'], renamed=name is not None))
     return exp
 
 # %% ../../nbs/50_experiments/53_experiment.ipynb #8e71b950
@@ -149,7 +149,7 @@ def auto(cls:Experiment,
 ) -> Experiment: # `fit` goes on, or begins
     "Take up the run of this config that is not finished, or begin one."
     exp = cls(config, *overrides, name=name, device=device)
-    run,exp.told = run_to_go_on(exp.cfg)
+    run,exp.told = run_to_go_on(exp.config)
     if run: take_up(exp, newest_checkpoint(run), run)
     return exp
 
@@ -158,5 +158,5 @@ def auto(cls:Experiment,
 def summary(self:Experiment) -> str: # Some lines for people
     "Say what came of the run, where everything is, and what to type next."
     if self.folder: return run_summary(self.folder)
-    tried = self.cfg.get('trainer.fast_dev_run') and len(self.trainer.history)
-    return f'{self.cfg["name"]}: ' + ('two batches of everything ran through; nothing was kept.' if tried else 'not trained yet. Call fit().')
+    tried = self.config.get('trainer.fast_dev_run') and len(self.trainer.history)
+    return f'{self.config["name"]}: ' + ('two batches of everything ran through; nothing was kept.' if tried else 'not trained yet. Call fit().')

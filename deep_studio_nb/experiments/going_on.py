@@ -160,7 +160,7 @@ def take_up(
     if run is None: return
     record = run.read()
     exp.seen = record['updated']
-    exp.told += what_changed(record, exp.data.record(), part_records(exp.cfg.data))
+    exp.told += what_changed(record, exp.data.record(), part_records(exp.config.data))
 
 def check_untouched(
     exp:Any # As `take_up` left it

@@ -27,9 +27,9 @@ def first_record(
     exp:Any # An experiment with all its parts
 ) -> dict: # Plain data
     "Give what the manifest says at the start of a run."
-    path,monitor = exp.cfg.path,exp.trainer.monitor
-    return dict(config=exp.cfg.data, config_file=path and str(path), command=sys.argv[1:] if path else None, seed=exp.cfg['seed'],
-                device=describe_device(exp.device), processes=world(), versions=versions(), git=git_state(), parts=part_records(exp.cfg.data),
+    path,monitor = exp.config.path,exp.trainer.monitor
+    return dict(config=exp.config.data, config_file=path and str(path), command=sys.argv[1:] if path else None, seed=exp.config['seed'],
+                device=describe_device(exp.device), processes=world(), versions=versions(), git=git_state(), parts=part_records(exp.config.data),
                 data=exp.data.record(), monitor=str(monitor) if monitor else 'off', resumed_from=exp.source and str(exp.source),
                 epochs=0, best=None, **this_process())
 
@@ -38,8 +38,8 @@ def make_folder(
     exp:Any # An experiment without a folder; gets one
 ):
     "Make a run folder, with all that is known at the start."
-    if not exp.told and exp.source is None and (run := open_run(exp.cfg)): exp.told = [open_line(run)]
-    exp.folder = RunFolder.create(exp.cfg['trainer']['save_dir'], exp.cfg['name'], **first_record(exp))
+    if not exp.told and exp.source is None and (run := open_run(exp.config)): exp.told = [open_line(run)]
+    exp.folder = RunFolder.create(exp.config['trainer']['save_dir'], exp.config['name'], **first_record(exp))
 
 # %% ../../nbs/50_experiments/52g_on_record.ipynb #4395b7e3
 def tracker_specs(
@@ -52,7 +52,7 @@ def tracker_specs(
 
 def _connect(exp):
     "Let the trainer save into the folder, and tell the recorder what it does."
-    exp.recorder = Recorder(exp.folder, Trackers([TRACKERS.build(o) for o in tracker_specs(exp.cfg)]))
+    exp.recorder = Recorder(exp.folder, Trackers([TRACKERS.build(o) for o in tracker_specs(exp.config)]))
     exp.trainer.folder = exp.folder.path/'checkpoints'
     exp.trainer.add(exp.recorder)
 
@@ -61,7 +61,7 @@ def begin_run(
     exp:Any # An experiment; gets a folder and a recorder if it has none
 ):
     "Say what is to be said, make the folder, and connect the trainer to it."
-    for o in exp.cfg.notes: get_logger('config').info('%s', o)
+    for o in exp.config.notes: get_logger('config').info('%s', o)
     exp.trainer.check()
     if exp.folder is None: make_folder(exp)
     for o in exp.told: get_logger('run').warning('%s', o)
@@ -84,10 +84,10 @@ def end_run(
 # %% ../../nbs/50_experiments/52g_on_record.ipynb #6fe2c03b
 def _start(exp):
     "Keep the plan of a run, and show what it will train on."
-    exp.cfg.save(exp.folder.file('config.yaml'))
+    exp.config.save(exp.folder.file('config.yaml'))
     if not (exp.folder.path/'split.json').exists(): exp.data.save_split(exp.folder)
-    exp.folder.update(status='running', error=None, config=exp.cfg.data, **this_process())
-    exp.recorder.trackers.start(exp.folder.path, exp.cfg.data)
+    exp.folder.update(status='running', error=None, config=exp.config.data, **this_process())
+    exp.recorder.trackers.start(exp.folder.path, exp.config.data)
     get_logger('run').info('%s on %s, %s', exp.folder.name, trained_on(describe_device(exp.device)), exp.data.told())
     if shows_pictures(exp.data): exp.data.train.save_samples(exp.folder.path/'images')
 

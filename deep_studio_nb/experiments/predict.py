@@ -103,7 +103,7 @@ _ONLY_TRAINING = ('valid_file','test_file','split_column')
 @patch
 def _rows_of(self:Trained, path):
     "The rows of a file, as training would have read them."
-    name,args = split_spec(self.cfg['dataset'])
+    name,args = split_spec(self.config['dataset'])
     given = {k: v for k,v in args.items() if k not in _ONLY_TRAINING}
     return DATASETS.build(dict(type=name, args={**given, 'file': str(path), 'fitted': self.fitted, 'journal': 'off'})).using('valid')
 

@@ -34,15 +34,15 @@ def preflight(self:Experiment,
     began,trainer = perf_counter(),self.trainer
     if not hasattr(trainer, 'preflight'): raise ConfigError(f"`{type(trainer).__name__}` has no `preflight`: it trains in a way of its own. Derive it from `Trainer`, or write one.")
     saves = getattr(trainer, 'keeps_files', True)
-    with using_threads(self.cfg.get('trainer.threads')): report = trainer.preflight(seconds, folder=self.cfg['trainer']['save_dir'] if saves else None, progress=progress)
+    with using_threads(self.config.get('trainer.threads')): report = trainer.preflight(seconds, folder=self.config['trainer']['save_dir'] if saves else None, progress=progress)
     data = self.data.counts()
     facts = {**report.facts, **({'data': ', '.join(f'{v:,} {k}' for k,v in data.items())} if data else {})}
     found = [*report.findings, *_missing(self)]
     if resume_check:
-        checked = verify_resume(Config(self.cfg.data, folder=self.cfg.folder))
+        checked = verify_resume(Config(self.config.data, folder=self.config.folder))
         facts['resume'] = 'exact' if checked.exact else 'not exact'
         found += resume_findings(checked)
-    return Report(f"Preflight of {self.cfg['name']}", facts, found, report.table, report.pictures, perf_counter()-began)
+    return Report(f"Preflight of {self.config['name']}", facts, found, report.table, report.pictures, perf_counter()-began)
 
 def _missing(exp:Experiment)->list[Finding]:
     "Say what an experiment should have and has not."

@@ -152,7 +152,7 @@ def _known_before(record:dict, exp:Experiment) -> list[str]:
     "Say what differs, as far as it is known before any training."
     was = record.get('versions') or {}
     libraries = [f'{k} was {was[k]}, and is {v} here.' for k,v in versions().items() if k in was and was[k]!=v]
-    return [*what_changed(record, exp.data.record(), part_records(exp.cfg.data)), *libraries]
+    return [*what_changed(record, exp.data.record(), part_records(exp.config.data)), *libraries]
 
 # %% ../../nbs/50_experiments/56f_reproduce.ipynb #7a042a77
 def _threads_of(record:dict) -> int|None:

@@ -112,10 +112,10 @@ def scores(self:Trained,
     split:str='valid' # train, valid or test
 )->SampleScores: # Of all samples of the split
     "Find out what each sample of a split contributes to a number."
-    data,loss = build_data(self.cfg),self.cfg.get('loss')
+    data,loss = build_data(self.config),self.config.get('loss')
     if data.classes!=self.classes: raise DataError(f'The classes of the data are {listed(data.classes or [])}, but this model was trained on {listed(self.classes or [])}.')
     loader = data.in_order(split)
-    res = sample_scores(self.model, loader, name, build_loss(loss, self.facts) if loss else None, build_metrics(self.cfg.get('metrics') or (), data.facts), self.device, lambda: ids_of(loader))
+    res = sample_scores(self.model, loader, name, build_loss(loss, self.facts) if loss else None, build_metrics(self.config.get('metrics') or (), data.facts), self.device, lambda: ids_of(loader))
     res.groups = _groups_of(data, split, res.ids)
     return res
 

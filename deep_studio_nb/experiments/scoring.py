@@ -73,7 +73,7 @@ def try_out(
 ) -> History: # One row
     "Take two batches of everything, and keep nothing."
     meet()
-    with using_threads(exp.cfg.get('trainer.threads')): exp.trainer.train()
+    with using_threads(exp.config.get('trainer.threads')): exp.trainer.train()
     put_together(exp)
     if 'test' in exp.data.there():
         ev = evaluate(exp.model, FewBatches(exp.data.in_order('test'), 2), exp.trainer.loss_fn, exp.trainer.metrics, exp.device, task=exp.data.facts.get('task'))

@@ -47,7 +47,7 @@ def put_together(
     peers = getattr(exp.trainer, "peers", None)
     if peers is None or not peers.divides: return
     weights = whole(exp.model.state_dict())
-    if is_main(): exp.model = load_model_state(build_model(exp.cfg, exp.data.facts), weights).to(exp.device)
+    if is_main(): exp.model = load_model_state(build_model(exp.config, exp.data.facts), weights).to(exp.device)
 
 # %% ../../nbs/50_experiments/52e_together.ipynb #c1dc2df3
 def follow(
@@ -56,6 +56,6 @@ def follow(
     "Train along with the first process, and write nothing."
     meet()
     exp.trainer.folder = meet()
-    with using_threads(exp.cfg.get("trainer.threads")): exp.trainer.train()
+    with using_threads(exp.config.get("trainer.threads")): exp.trainer.train()
     put_together(exp)
     return exp.trainer.history

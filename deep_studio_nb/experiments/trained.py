@@ -28,7 +28,7 @@ from ..training.metrics import build_metrics
 class Trained:
     "A trained model, with what is needed to use it."
     model:nn.Module # In eval mode, on `device`
-    cfg:Config # The config that made it
+    config:Config # The config that made it
     facts:dict # What the data said: `num_classes`, `mode` ...
     classes:list[str]|None # Class names, in the order of the outputs
     device:torch.device # Where the model is
@@ -78,10 +78,10 @@ def evaluate(self:Trained,
     split:str='test' # train, valid or test
 ) -> Evaluation: # Metrics, and one row a sample
     "Score the model on a split of the data it was trained on."
-    data = build_data(self.cfg)
+    data = build_data(self.config)
     if data.classes!=self.classes: raise DataError(f'The classes of the data are {listed(data.classes or [])}, but this model was trained on {listed(self.classes or [])}. Its answers would get the wrong names.')
-    loss,loader = self.cfg.get('loss'),data.in_order(split)
-    return evaluate(self.model, loader, build_loss(loss, self.facts) if loss else None, build_metrics(self.cfg.get('metrics') or (), data.facts),
+    loss,loader = self.config.get('loss'),data.in_order(split)
+    return evaluate(self.model, loader, build_loss(loss, self.facts) if loss else None, build_metrics(self.config.get('metrics') or (), data.facts),
                     self.device, ids=lambda: ids_of(loader), classes=self.classes, split=split, task=data.facts.get('task'))
 
 # %% ../../nbs/50_experiments/54_trained.ipynb #ce0d81ad
