@@ -18,6 +18,7 @@ from .experiment import Experiment
 from .going_on import runs_of
 from .recorder import records_kept, repeat
 from .run_folder import RunFolder
+from .storage import is_away, storage_watched
 from .trials import Sweep
 from .variants import texts_of
 from ..training.events import Callback
@@ -107,6 +108,7 @@ def try_out(self:Sweep,
     "Carry a trial out, whatever comes of it."
     try: ended = self._outcome(trial)
     except Exception as e:
+        if is_away(e): raise # the trial is not to blame
         ended = 'failed'
         self.fail(trial.number, f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}', traceback.format_exc())
     except KeyboardInterrupt: ended = 'stopped'
@@ -124,8 +126,9 @@ def work(self:Sweep,
     until:float|None=None # No trial begins after this moment, as `time.time()` tells it
 )->bool: # Whether it came to its end; False when somebody stopped it
     "Take trial after trial until there are enough, or it is late."
-    while (until is None or time.time()<until) and (trial := self.claim(most)):
-        ended = self.try_out(trial)
-        if self.view: self.view.now(self, '')
-        if ended=='stopped': return False
+    with storage_watched(self.where):
+        while (until is None or time.time()<until) and (trial := self.claim(most)):
+            ended = self.try_out(trial)
+            if self.view: self.view.now(self, '')
+            if ended=='stopped': return False
     return True
