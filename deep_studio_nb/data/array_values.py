@@ -53,9 +53,6 @@ def label_column(
     if (y!=y.round()).any(): raise DataError(f"Row {int((y!=y.round()).argmax())} of `{name}` is {y[(y!=y.round()).argmax()]}, which is no label. Say `task: number` if these are amounts.")
     return y.astype(np.int64)
 
-# %% ../../nbs/10_data/16b_array_values.ipynb #2509b6c6
-#| export
-
 # %% ../../nbs/10_data/16b_array_values.ipynb #60aed552
 class ArrayLabels:
     "The labels that training knows, and their names."
