@@ -8,6 +8,7 @@ __all__ = ['Trained', 'load_trained']
 # %% ../../nbs/50_experiments/54_trained.ipynb #effaaab7
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -15,8 +16,9 @@ from ..common.config import Config
 from ..common.devices import pick_device
 from ..common.errors import CheckpointError, DataError, listed
 from ..evaluation.evaluate import Evaluation, evaluate
+from ..evaluation.tta import VIEWS, View, WithViews, check_tta, draw_outputs
 from .build import build_data, learn_names
-from .run_data import ids_of
+from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run
 from ..models.interface import create_model
 from ..training.checkpoints import load_checkpoint, load_model_state, weights_for_use
@@ -72,17 +74,50 @@ def load_trained(
     where = pick_device(device)
     return Trained(model.to(where).eval(), cfg, meta['facts'], meta['classes'], where, path, run, state['epoch'], meta.get('fitted') or {}, meta.get('transforms') or {})
 
-# %% ../../nbs/50_experiments/54_trained.ipynb #a49ec290
+# %% ../../nbs/50_experiments/54_trained.ipynb #476091fc
+@patch(as_prop=True)
+def task(self:Trained) -> str: # classes, labels, mask, number or image
+    "Say what the outputs stand for."
+    return self.facts.get('task') or ('classes' if self.classes else 'number')
+
 @patch
-def evaluate(self:Trained,
-    split:str='test' # train, valid or test
-) -> Evaluation: # Metrics, and one row a sample
-    "Score the model on a split of the data it was trained on."
+def splits(self:Trained) -> Splits: # With the loaders of train, valid and test
+    "Build the data that the model was trained on, and refuse it if its classes are others."
     data = build_data(self.config)
     if data.classes!=self.classes: raise DataError(f'The classes of the data are {listed(data.classes or [])}, but this model was trained on {listed(self.classes or [])}. Its answers would get the wrong names.')
-    loss,loader = self.config.get('loss'),data.in_order(split)
-    return evaluate(self.model, loader, build_loss(loss, self.facts) if loss else None, build_metrics(self.config.get('metrics') or (), data.facts),
-                    self.device, ids=lambda: ids_of(loader), classes=self.classes, split=split, task=data.facts.get('task'))
+    return data
+
+@patch
+def judged(self:Trained,
+    facts:dict # What the data says of itself
+) -> dict: # `loss` and `metrics`, as `evaluate` takes them
+    "Build what the config judges predictions by."
+    loss = self.config.get('loss')
+    return dict(loss=build_loss(loss, self.facts) if loss else None, metrics=build_metrics(self.config.get('metrics') or (), facts))
+
+# %% ../../nbs/50_experiments/54_trained.ipynb #9afe63e9
+@patch
+def looks(self:Trained,
+    tta:Any=None # As for `check_tta`
+) -> int|list[View]|None: # Random draws, or views; None for a plain look
+    "Make sense of a wish for test-time augmentation, or refuse it."
+    looks = check_tta(tta, self.task, self.facts.get('input'))
+    if isinstance(looks, int) and (self.lists.get('train') or [])==(self.lists.get('valid') or []):
+        raise DataError(f'`tta` is {looks}, which means draws of the random transforms of the training, and `{self.title}` was trained without any. Take named views: {listed(VIEWS)}.')
+    return looks
+
+@patch
+def evaluate(self:Trained,
+    split:str='test', # train, valid or test
+    tta:Any=None # Views by name (flip, flips, d4, crops, scales), a number of random draws, or `View`s; None for a plain look
+) -> Evaluation: # Metrics, and one row a sample
+    "Score the model on a split of the data it was trained on."
+    looks,data = self.looks(tta),self.splits()
+    model,loader = self.model,data.in_order(split)
+    batches = loader
+    if isinstance(looks, int): model,batches = nn.Identity(),draw_outputs(model, loader, looks, self.task, self.device)
+    elif looks: model = WithViews(model, looks, self.task)
+    return evaluate(model, batches, **self.judged(data.facts), device=self.device, ids=lambda: ids_of(loader), classes=self.classes, split=split, task=data.facts.get('task'))
 
 # %% ../../nbs/50_experiments/54_trained.ipynb #ce0d81ad
 @patch
