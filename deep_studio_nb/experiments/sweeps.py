@@ -13,6 +13,7 @@ from ..common.config import Config
 from ..common.errors import ConfigError, RunError
 from ..common.files import write_text
 from .jobs import Job, run_jobs
+from .storage import storage_watched
 from .trials import Sweep
 from .variants import Variants
 import deep_studio_nb.experiments.sweep_plots, deep_studio_nb.experiments.trying  # noqa: F401 (methods of `Sweep`)
@@ -76,11 +77,12 @@ def run(self:Sweep,
     "Try out trials until there are enough, or it is late. Stop or Ctrl-C leaves the one at work to the next call."
     until = _budget(trials, minutes, jobs, self.most)
     self.view = view or pick_sweep_view()
-    self.view.begin(self)
-    try: self.stopped = not (self.work(trials, until) if jobs==1 else _work_together(self, jobs, trials, until))
-    finally: self.view,_ = None,self.view.done(self)
-    self.save_table()
-    self.save_pictures()
+    with storage_watched(self.where):
+        self.view.begin(self)
+        try: self.stopped = not (self.work(trials, until) if jobs==1 else _work_together(self, jobs, trials, until))
+        finally: self.view,_ = None,self.view.done(self)
+        self.save_table()
+        self.save_pictures()
     return self
 
 def sweep(
