@@ -13,8 +13,9 @@ from pathlib import Path, PureWindowsPath
 from ..common.errors import RunError, listed
 from ..common.files import new_folder
 from ..data.counting import counting
-from .removing import LEFTOVER, size_text
+from .removing import size_text
 from .run_folder import RunFolder, now
+from .run_rows import LEFTOVER
 from .run_zip import HASHES, copy_hashed, read_hashes, work_folder
 
 # %% ../../nbs/50_experiments/55g_opening.ipynb #299e7a6a

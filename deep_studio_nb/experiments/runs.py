@@ -16,7 +16,7 @@ from ..common.conditions import ordered, read_condition
 from ..common.errors import RunError, UnknownName, did_you_mean, listed
 from ..common.tables import Table
 from .run_folder import RunFolder, find_run
-from .run_rows import RunRow, flat_keys, run_row
+from .run_rows import LEFTOVER, RunRow, flat_keys, run_row
 
 # %% ../../nbs/50_experiments/55a_runs.ipynb #2bd85fe8
 class RunTable(Table):
@@ -102,7 +102,7 @@ def only(self:RunTable,
     return RunTable(RunRow(o.run, o.record, o.cells, {k: o.value(k) for k in names}) for o in self)
 
 # %% ../../nbs/50_experiments/55a_runs.ipynb #76d44023
-_MARKS = {'checkpoints','config.yaml','metrics.csv','split.json'}
+_MARKS = {'checkpoints','config.yaml','metrics.csv','split.json',LEFTOVER}
 
 def _found(folder, before='', deep=2) -> Iterator[tuple[str,Path]]:
     "Name and path of everything in a folder that is a run, or was to be one."

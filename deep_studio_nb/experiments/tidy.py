@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..common.errors import RunError
 from ..common.tables import Table
 from .removing import OwnFiles, finish_removal, leftovers, own_files, remove_files, remove_run, size_text, why_busy
-from .run_rows import RunRow, flat_keys
+from .run_rows import LEFTOVER, RunRow, flat_keys
 from .runs import RunTable, runs
 from .tidy_rules import TidyRule, read_rule
 
@@ -180,8 +180,8 @@ def prune(
     where:Sequence[str]=() # Conditions that say which runs are meant, such as `"arch=ResNet*"`
 ) -> Pruning: # Shows itself
     "Remove runs by a rule, or show what would go: only files that a manifest lists, and no run that is at work or needed."
-    rule,table = read_rule(what),runs(folder)
-    notes = list(_finish_others(folder, do))
+    rule,notes = read_rule(what),list(_finish_others(folder, do))
+    table = RunTable(o for o in runs(folder) if not (o.run.path/LEFTOVER).exists())
     go,stay = _plan(rule, table, folder, [where] if isinstance(where, str) else list(where))
     res = Pruning(what, Path(folder), Table(), Table(), 0, 0, do, notes)
     for row in sorted((table[k] for k in go), key=lambda o: o.record['started'], reverse=True):
