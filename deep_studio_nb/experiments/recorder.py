@@ -75,6 +75,7 @@ def write(self:Recorder, trainer:BaseTrainer):
     with self.writing.spending(), trainer.saver.guarding():
         history.save_csv(self.folder.file('metrics.csv'))
         self.folder.update(epochs=history.rows[-1]['epoch'], steps=trainer.steps, **_best(history))
+        self.folder.record_files('checkpoints/*.pt', 'images/*.png')    # a run that is killed has listed what is its own
     if not self.drawing.due: return
     with trainer.saver.guarding(): self.draw(history)
 

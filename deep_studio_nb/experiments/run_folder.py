@@ -124,7 +124,7 @@ def record_files(self:RunFolder,
     *patterns:str # Below the folder, e.g. `'checkpoints/*.pt'`
 ):
     "Record files that a part of the run has written by itself, such as checkpoints."
-    self._own({o.relative_to(self.path).as_posix() for p in patterns for o in self.path.glob(p) if o.is_file()})
+    self._own({o.relative_to(self.path).as_posix() for p in patterns for o in self.path.glob(p) if o.is_file() and not o.name.startswith('.')})
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #da3ef18f
 def this_process() -> dict: # `host` and `pid`, for the manifest
