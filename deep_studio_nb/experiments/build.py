@@ -35,11 +35,12 @@ def learn_names():
 
 # %% ../../nbs/50_experiments/52a_build.ipynb #a010353d
 def build_dataset(
-    cfg:Config # A checked config
+    cfg:Config, # A checked config
+    given:Dataset|None=None # Taken instead of the config's
 ) -> tuple[Dataset|None,dict]: # The training dataset with its transforms, or None when the loader brings its own; and the lists of transforms by stage
     "Make the dataset of a config."
-    if not cfg.get('dataset'): return None,{}
-    dataset,specs = cfg.init_obj('dataset', DATASETS),cfg.get('transforms') or {}
+    if given is None and not cfg.get('dataset'): return None,{}
+    dataset,specs = cfg.init_obj('dataset', DATASETS) if given is None else given,cfg.get('transforms') or {}
     if not isinstance(dataset, BaseDataset) and not specs: return dataset,{}
     dataset = as_dataset(dataset)
     dataset.check()
@@ -48,10 +49,12 @@ def build_dataset(
 
 # %% ../../nbs/50_experiments/52a_build.ipynb #63eb43e6
 def build_data(
-    cfg:Config # A checked config
+    cfg:Config, # A checked config
+    given:Dataset|None=None # Taken instead of the config's dataset
 ) -> Splits: # Loaders of the splits that there are
     "Make the dataset and the loaders of a config."
-    dataset,lists = build_dataset(cfg)
+    if not cfg.get('data_loader'): raise ConfigError('This config does not say where its data comes from: the run had objects of a notebook, which no config can describe. Give them to `Experiment.from_objects` once more.')
+    dataset,lists = build_dataset(cfg, given)
     train = cfg.init_data_loader('data_loader', LOADERS, dataset=dataset, facts=dict(seed=cfg['seed']))
     ask = lambda name: getattr(train, name)() if hasattr(train, name) else None
     return Splits(train, ask('split_validation'), ask('split_test'), ask('facts') or {}, lists)
@@ -80,13 +83,14 @@ def build_trainer(
     cfg:Config, # A checked config
     model:nn.Module, # What to train
     data:Splits, # Its data
-    device:torch.device # Where to train
+    device:torch.device, # Where to train
+    given:dict|None=None # Parts that are there already, under the names of the trainer's arguments: `loss`, `optimizer`, `scheduler` ...
 ) -> BaseTrainer: # A trainer without a folder
     "Make the trainer of a config."
     opts = cfg['trainer']
     kind = TRAINERS.get(opts['type']) if opts.get('type') else Trainer
-    parts = dict(loss=cfg.get('loss'), metrics=cfg.get('metrics') or (), optimizer=cfg.get('optimizer'), scheduler=cfg.get('lr_scheduler'))
+    parts = dict(loss=cfg.get('loss'), metrics=cfg.get('metrics') or (), optimizer=cfg.get('optimizer'), scheduler=cfg.get('lr_scheduler'), callbacks=cfg.get('callbacks') or ()) | (given or {})
     rules = {k: v for k,v in opts.items() if k not in _OF_THE_RUN and v is not None}
     meta = dict(config=cfg.data, classes=data.classes, facts=data.facts, fitted=data.fitted(), transforms=data.lists)
     return _make(kind, rules, opts.get('args') or {}, model, data.train, data.valid, device=device, seed=cfg['seed'],
-                 callbacks=cfg.get('callbacks') or (), meta=meta, **parts)
+                 meta=meta, **parts)

@@ -6,7 +6,7 @@
 __all__ = ['Experiment']
 
 # %% ../../nbs/50_experiments/53_experiment.ipynb #389c7f24
-import json
+import json, shlex
 from functools import cached_property
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -24,28 +24,39 @@ from .going_on import check_untouched, folder_to_go_on, kept_config, newest_chec
 from .on_record import begin_run, train_run
 from .recorder import records_kept, repeat
 from .run_data import Splits
+from .run_folder import RunFolder
 from .scoring import score_split, try_out
 from .summary import near_path, run_summary
 from .together import check_apart, follow, meet
+from .trusted_code import learn_code
 from ..training.background import Running, in_background, refuse_second
 from ..training.base_trainer import BaseTrainer
 from ..training.history import History
 
 # %% ../../nbs/50_experiments/53_experiment.ipynb #95cffeab
+def _learn(cfg:Config, trust_code:bool):
+    "Let this process know what the run used of its notebook whose config this is."
+    path = cfg.path
+    if path is None or not (path.parent/'manifest.json').exists(): return
+    learn_code(RunFolder(path.parent), cfg, trust_code, f'deep-studio train {shlex.quote(near_path(path))}', f'Experiment("{near_path(path)}"')
+
 class Experiment:
     "A config brought to life: its data, model and trainer, and the folder that `fit` leaves."
     def __init__(self,
         config:str|Path|dict|Config, # A config file, or the same as plain data
         *overrides:str, # Changes of single keys, e.g. `"trainer.epochs=3"`
         name:str|None=None, # Name of the run folder, instead of the config's
-        device:str|None=None # auto, cpu, cuda, cuda:1 ..., instead of the config's
+        device:str|None=None, # auto, cpu, cuda, cuda:1 ..., instead of the config's
+        trust_code:bool=False # Whether code that a run has kept of its notebook may be run, where the config is that of a run
     ):
         begin()
         learn_names()
         extra = [f'{k}={json.dumps(v, ensure_ascii=False)}' for k,v in dict(name=name, device=device).items() if v is not None]
         self.config = Config.read(config, *overrides, *extra)
+        _learn(self.config, trust_code)
         self.config.check()
         self.folder,self.source,self.recorder,self.seen,self.told = None,None,None,None,[]
+        self.given,self.unwritten = {},[]
 
     @cached_property
     def device(self) -> torch.device:
@@ -62,7 +73,7 @@ class Experiment:
     @cached_property
     def trainer(self) -> BaseTrainer:
         "The trainer, with everything from the config but no folder yet."
-        return build_trainer(self.config, self.model, self.data, self.device)
+        return build_trainer(self.config, self.model, self.data, self.device, self.given)
 
 # %% ../../nbs/50_experiments/53_experiment.ipynb #55f0c226
 def _in_short(spec):
@@ -131,11 +142,14 @@ def resume(cls:Experiment,
     config:str|Path|None=None, # Another config than the run's own
     name:str|None=None, # Name of a new run folder
     device:str|None=None, # auto, cpu, cuda ...
-    save_dir:str|Path='experiments' # Where bare names are looked up
+    save_dir:str|Path='experiments', # Where bare names are looked up
+    trust_code:bool=False # Whether code that the run has kept of its notebook may be run
 ) -> Experiment: # `fit` goes on where the checkpoint was written
     "Take up a run where one of its checkpoints left it."
     run,path,state = resume_point(what, save_dir)
-    exp = cls(config or kept_config(path, state), *overrides, name=name, device=device)
+    config = config or kept_config(path, state)
+    learn_code(run, Config(config), trust_code, f'deep-studio train --resume {shlex.quote(near_path(what))}', f'Experiment.resume("{what}"')
+    exp = cls(config, *overrides, name=name, device=device)
     take_up(exp, path, folder_to_go_on(run, path, state, exp.config['trainer']['epochs'], renamed=name is not None))
     return exp
 

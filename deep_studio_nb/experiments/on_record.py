@@ -9,6 +9,7 @@ __all__ = ['first_record', 'make_folder', 'tracker_specs', 'begin_run', 'end_run
 import sys
 from typing import Any
 from ..common.config import Config
+from ..common.config_writing import write_config_file
 from ..common.devices import describe_device
 from ..common.errors import RunError
 from ..common.logs import get_logger
@@ -20,6 +21,7 @@ from .recorder import Recorder
 from .run_folder import RunFolder, now, this_process
 from .scoring import score_best, shows_pictures
 from .together import meet, put_together, trained_on
+from .trusted_code import keep_code
 from .trackers import Trackers
 
 # %% ../../nbs/50_experiments/52g_on_record.ipynb #b37470e4
@@ -31,7 +33,7 @@ def first_record(
     return dict(config=exp.config.data, config_file=path and str(path), command=sys.argv[1:] if path else None, seed=exp.config['seed'],
                 device=describe_device(exp.device), processes=world(), versions=versions(), git=git_state(), parts=part_records(exp.config.data),
                 data=exp.data.record(), monitor=str(monitor) if monitor else 'off', resumed_from=exp.source and str(exp.source),
-                epochs=0, best=None, **this_process())
+                epochs=0, best=None, unwritten=[str(o) for o in exp.unwritten], **this_process())
 
 # %% ../../nbs/50_experiments/52g_on_record.ipynb #fde0173c
 def make_folder(
@@ -64,6 +66,7 @@ def begin_run(
     for o in exp.config.notes: get_logger('config').info('%s', o)
     exp.trainer.check()
     if exp.folder is None: make_folder(exp)
+    exp.told += keep_code(exp.folder, exp.config.data)
     for o in exp.told: get_logger('run').warning('%s', o)
     exp.told = []
     if exp.recorder is None: _connect(exp)
@@ -84,7 +87,7 @@ def end_run(
 # %% ../../nbs/50_experiments/52g_on_record.ipynb #6fe2c03b
 def _start(exp):
     "Keep the plan of a run, and show what it will train on."
-    exp.config.save(exp.folder.file('config.yaml'))
+    write_config_file(exp.config.data, exp.folder.file('config.yaml'))
     if not (exp.folder.path/'split.json').exists(): exp.data.save_split(exp.folder)
     exp.folder.update(status='running', error=None, config=exp.config.data, **this_process())
     exp.recorder.trackers.start(exp.folder.path, exp.config.data)

@@ -6,7 +6,7 @@
 __all__ = ['Replay', 'replay']
 
 # %% ../../nbs/50_experiments/56f_reproduce.ipynb #5e678aa1
-import math, re
+import math, re, shlex
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from .run_folder import RunFolder
 from .run_rows import RunRow
 from .runs import run_of
 from .summary import near_path
+from .trusted_code import learn_code
 from ..training.checkpoints import load_checkpoint
 from ..training.events import When
 from ..training.history import History
@@ -128,6 +129,7 @@ def _advice(self:Replay) -> Iterator[str]:
 def _config_of(run:RunFolder, record:dict) -> Config:
     "The config that a manifest describes, for a repetition."
     if not record.get('config'): raise RunError(f'The manifest of `{near_path(run.path)}` holds no config, so nobody can say what ran.')
+    if record.get('unwritten'): raise RunError(f'`{near_path(run.path)}` was made of objects of a notebook that no config can describe, so it cannot be repeated from its manifest:\n' + '\n'.join(record['unwritten']))
     data = deepcopy(record['config'])
     data['trainer'] = {**(data.get('trainer') or {}), 'save_dir': str(run.path.parent), 'tensorboard': False}
     file = record.get('config_file')
@@ -208,13 +210,15 @@ def replay(
     tolerance:float=0., # What counts as the same, as a share of the value
     name:str|None=None, # Name of the repetition; that of the run and `-replay` when None
     device:str|None=None, # auto, cpu, cuda ..., instead of the config's
-    save_dir:str|Path='experiments' # Where bare names are looked up
+    save_dir:str|Path='experiments', # Where bare names are looked up
+    trust_code:bool=False # Whether code that the run has kept of its notebook may be run
 ) -> Replay: # Shows itself
     "Train a run once more from its manifest, and say whether the numbers came out the same."
     run = run_of(what, save_dir)
     record = run.read()
     rows,limit = _asked(run, record, epochs)
-    train = _train_together if (record.get('processes') or 1)>1 else _train
-    again = train(record, _config_of(run, record), _free_name(run.path.parent, name or f'{run.name}-replay'), device, limit)
+    train,cfg,where = _train_together if (record.get('processes') or 1)>1 else _train,_config_of(run, record),near_path(run.path)
+    learn_code(run, cfg, trust_code, f'deep-studio reproduce {shlex.quote(where)}', f'replay("{where}"')
+    again = train(record, cfg, _free_name(run.path.parent, name or f'{run.name}-replay'), device, limit)
     again.update(replay_of=str(run.path))
     return _compared(run, again, rows, limit, tolerance)

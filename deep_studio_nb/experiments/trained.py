@@ -6,6 +6,7 @@
 __all__ = ['Trained', 'load_trained']
 
 # %% ../../nbs/50_experiments/54_trained.ipynb #effaaab7
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ..evaluation.tta import VIEWS, View, WithViews, check_tta, draw_outputs
 from .build import build_data, learn_names
 from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run
+from .summary import near_path
+from .trusted_code import learn_code
 from ..models.interface import create_model
 from ..training.checkpoints import load_checkpoint, load_model_state, weights_for_use
 from ..training.losses import build_loss
@@ -55,11 +58,17 @@ def _bare_arch(config):
     return {**config, 'arch': {**arch, 'args': args}}
 
 # %% ../../nbs/50_experiments/54_trained.ipynb #501a4759
+def _check(cfg:Config, unwritten:list[str]|None):
+    "Refuse a config from which no model can be built; one of objects need not say more than that."
+    if not unwritten: cfg.check()
+    elif not cfg.get('arch'): raise CheckpointError('This model was an object of a notebook, so nobody here knows how it is built:\n' + '\n'.join(unwritten))
+
 def load_trained(
     what:str|Path, # A run folder, its name, or a checkpoint
     device:str='auto', # Where to put the model
     prefer:str='best_model', # Checkpoint wanted of a run: `best_model` or `last`
-    save_dir:str|Path='experiments' # Where bare names are looked up
+    save_dir:str|Path='experiments', # Where bare names are looked up
+    trust_code:bool=False # Whether code that the run has kept of its notebook may be run
 ) -> Trained: # Ready to evaluate and predict
     "Rebuild the model of a run or a checkpoint."
     run,path = find_run(what, save_dir, prefer)
@@ -67,8 +76,10 @@ def load_trained(
     meta = state.get('meta') or {}
     if 'config' not in meta: raise CheckpointError(f'`{path}` does not say how its model is built: it was saved without a config. Load its weights by hand with `load_checkpoint`.')
     learn_names()
-    cfg = Config(_bare_arch(meta['config']))
-    cfg.check()
+    cfg,where = Config(meta['config']),near_path(what)
+    learn_code(run, cfg, trust_code, f'deep-studio eval {shlex.quote(where)}', f'load_trained("{what}"')
+    _check(cfg, meta.get('unwritten'))
+    cfg = Config(_bare_arch(cfg.data))
     model = create_model(cfg['arch'], facts=meta['facts'])
     load_model_state(model, weights_for_use(state))
     where = pick_device(device)
