@@ -49,10 +49,10 @@ def work_on(
     return sweep.work(plan['trials'], plan['until'])
 
 # %% ../../nbs/50_experiments/59i_sweeps.ipynb #1f5691e8
-def _work_together(sweep:Sweep, jobs:int, trials:int|None, until:float|None)->bool: # Whether it came to its end
+def _work_together(sweep:Sweep, jobs:int, on:str|None, trials:int|None, until:float|None)->bool: # Whether it came to its end
     "Have several processes work on a sweep."
     todo = [Job('deep_studio_nb.experiments.sweeps:work_on', dict(plan=sweep.plan(trials, until)), sweep.folder/'logs'/f'process-{i}.log', f'process {i}') for i in range(jobs)]
-    ended = run_jobs(todo, jobs, seen=lambda n: sweep.view.now(sweep, f'{n} processes at work'))
+    ended = run_jobs(todo, jobs, on, seen=lambda n: sweep.view.now(sweep, f'{n} processes at work'))
     if errors := [o.error for o in ended if o.error]: raise RunError(f'The processes could not work on the sweep: {errors[-1]}')
     return all(o.code==0 for o in ended)
 
@@ -71,15 +71,16 @@ def save_table(self:Sweep)->Path: # Of the file
 def run(self:Sweep,
     trials:int|None=None, # In all, those that are there already included
     minutes:float|None=None, # From now; no trial begins later
-    jobs:int=1, # Processes of this machine
-    view:TrialLines|TrialTable|None=None # Chosen by where the output goes if None
+    jobs:int=1, # Processes, each with a trial of its own
+    view:TrialLines|TrialTable|None=None, # Chosen by where the output goes if None
+    on:str|None=None # Where the processes are: this machine, or a cluster, e.g. `ray` or `ray://HOST:10001`
 )->Sweep: # The same
     "Try out trials until there are enough, or it is late. Stop or Ctrl-C leaves the one at work to the next call."
     until = _budget(trials, minutes, jobs, self.most)
     self.view = view or pick_sweep_view()
     with storage_watched(self.where):
         self.view.begin(self)
-        try: self.stopped = not (self.work(trials, until) if jobs==1 else _work_together(self, jobs, trials, until))
+        try: self.stopped = not (self.work(trials, until) if jobs==1 and on is None else _work_together(self, jobs, on, trials, until))
         finally: self.view,_ = None,self.view.done(self)
         self.save_table()
         self.save_pictures()
@@ -91,7 +92,8 @@ def sweep(
     *overrides:str, # Changes of single keys that all trials share
     trials:int|None=None, # In all
     minutes:float|None=None, # From now; no trial begins later
-    jobs:int=1, # Processes of this machine
+    jobs:int=1, # Processes, each with a trial of its own
+    on:str|None=None, # Where they are: this machine, or a cluster, e.g. `ray` or `ray://HOST:10001`
     name:str|None=None, # Of the sweep and its folder; that of the config with `-sweep` when None
     storage:str|Path|None=None, # A file, or the URL of a database; a file in the folder when None
     seed:int|None=None, # All suggestions follow from it; that of the config when None
@@ -99,4 +101,4 @@ def sweep(
     pruner:str|dict='median' # median, halving, hyperband, none, or a class of `optuna.pruners`
 )->Sweep: # The trials, what came of them, and pictures
     "Search a space for the config that trains best; given again, go on."
-    return Sweep(config, space, *overrides, name=name, storage=storage, seed=seed, sampler=sampler, pruner=pruner).run(trials, minutes, jobs)
+    return Sweep(config, space, *overrides, name=name, storage=storage, seed=seed, sampler=sampler, pruner=pruner).run(trials, minutes, jobs, on=on)

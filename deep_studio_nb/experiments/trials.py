@@ -19,7 +19,7 @@ from ..common.processes import launched
 from ..common.schema_check import leaves
 from ..common.tables import Table
 from .build import learn_names
-from .run_folder import this_process
+from .run_folder import is_replaced, this_process
 from .samplers import build_pruner, build_sampler
 from .space import read_space, space_data
 from .storage import FileTurn, open_storage
@@ -112,7 +112,7 @@ def is_free(
     owner:dict|None # What a trial says of the process that has it
 )->bool:
     "Say whether a trial that is not finished has nobody to finish it."
-    if not owner: return True
+    if not owner or is_replaced(owner): return True
     if owner['host']!=socket.gethostname(): return False
     if owner['pid']==os.getpid(): return True # of this process, which is about to begin another
     try: os.kill(owner['pid'], 0)
