@@ -7,7 +7,7 @@ __all__ = ['Replay', 'replay']
 
 # %% ../../nbs/50_experiments/56f_reproduce.ipynb #5e678aa1
 import math, re, shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain, count
@@ -126,14 +126,14 @@ def _advice(self:Replay) -> Iterator[str]:
     if not self.differs: yield f'Nothing that is recorded differs. If something draws random numbers that no seed sets, this names it: verify_resume("{near_path(self.then.path)}/config.yaml")'
 
 # %% ../../nbs/50_experiments/56f_reproduce.ipynb #1a0cb671
-def _config_of(run:RunFolder, record:dict) -> Config:
+def _config_of(run:RunFolder, record:dict, overrides:Sequence[str]=()) -> Config:
     "The config that a manifest describes, for a repetition."
     if not record.get('config'): raise RunError(f'The manifest of `{near_path(run.path)}` holds no config, so nobody can say what ran.')
     if record.get('unwritten'): raise RunError(f'`{near_path(run.path)}` was made of objects of a notebook that no config can describe, so it cannot be repeated from its manifest:\n' + '\n'.join(record['unwritten']))
     data = deepcopy(record['config'])
     data['trainer'] = {**(data.get('trainer') or {}), 'save_dir': str(run.path.parent), 'tensorboard': False}
     file = record.get('config_file')
-    return Config({**data, 'trackers': []}, folder=Path(file).parent if file else None)
+    return Config({**data, 'trackers': []}, *overrides, folder=Path(file).parent if file else None)
 
 # %% ../../nbs/50_experiments/56f_reproduce.ipynb #972496e3
 def _free_name(parent:Path, name:str) -> str:
@@ -211,13 +211,14 @@ def replay(
     name:str|None=None, # Name of the repetition; that of the run and `-replay` when None
     device:str|None=None, # auto, cpu, cuda ..., instead of the config's
     save_dir:str|Path='experiments', # Where bare names are looked up
-    trust_code:bool=False # Whether code that the run has kept of its notebook may be run
+    trust_code:bool=False, # Whether code that the run has kept of its notebook may be run
+    overrides:Sequence[str]=() # Changes of single keys, for what is elsewhere now: `"dataset.args.data_dir=/data/digits"`
 ) -> Replay: # Shows itself
     "Train a run once more from its manifest, and say whether the numbers came out the same."
     run = run_of(what, save_dir)
     record = run.read()
     rows,limit = _asked(run, record, epochs)
-    train,cfg,where = _train_together if (record.get('processes') or 1)>1 else _train,_config_of(run, record),near_path(run.path)
+    train,cfg,where = _train_together if (record.get('processes') or 1)>1 else _train,_config_of(run, record, overrides),near_path(run.path)
     learn_code(run, cfg, trust_code, f'deep-studio reproduce {shlex.quote(where)}', f'replay("{where}"')
     again = train(record, cfg, _free_name(run.path.parent, name or f'{run.name}-replay'), device, limit)
     again.update(replay_of=str(run.path))

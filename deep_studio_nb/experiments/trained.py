@@ -7,6 +7,7 @@ __all__ = ['Trained', 'load_trained']
 
 # %% ../../nbs/50_experiments/54_trained.ipynb #effaaab7
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def load_trained(
     device:str='auto', # Where to put the model
     prefer:str='best_model', # Checkpoint wanted of a run: `best_model` or `last`
     save_dir:str|Path='experiments', # Where bare names are looked up
-    trust_code:bool=False # Whether code that the run has kept of its notebook may be run
+    trust_code:bool=False, # Whether code that the run has kept of its notebook may be run
+    overrides:Sequence[str]=() # Changes of single keys, for what is elsewhere now: `"dataset.args.data_dir=/data/digits"`
 ) -> Trained: # Ready to evaluate and predict
     "Rebuild the model of a run or a checkpoint."
     run,path = find_run(what, save_dir, prefer)
@@ -76,7 +78,7 @@ def load_trained(
     meta = state.get('meta') or {}
     if 'config' not in meta: raise CheckpointError(f'`{path}` does not say how its model is built: it was saved without a config. Load its weights by hand with `load_checkpoint`.')
     learn_names()
-    cfg,where = Config(meta['config']),near_path(what)
+    cfg,where = Config(meta['config'], *overrides),near_path(what)
     learn_code(run, cfg, trust_code, f'deep-studio eval {shlex.quote(where)}', f'load_trained("{what}"')
     _check(cfg, meta.get('unwritten'))
     cfg = Config(_bare_arch(cfg.data))
