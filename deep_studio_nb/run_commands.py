@@ -96,16 +96,18 @@ def show_runs(
 # %% ../nbs/80_front/80d_run_commands.ipynb #6f60b309
 def reproduce(
     run:str=typer.Argument(metavar='RUN', help='A run folder or its name.'),
+    overrides:list[str]=typer.Argument(None, metavar='[KEY=VALUE]...', help='What is elsewhere by now: dataset.args.data_dir=/data/digits.', show_default=False),
     epochs:int=typer.Option(None, '--epochs', min=1, metavar='N', help='Repeat the first N epochs only; as many as the run had when left out.', show_default=False),
     tolerance:float=typer.Option(0., '--tolerance', min=0., help='What counts as the same, as a share of the value: 0 is the last digit, 1e-3 suits a GPU.'),
     name:str=typer.Option(None, '--name', help='Name of the new run folder; that of the run and -replay when left out.', show_default=False),
     device:str=typer.Option(None, '-d', '--device', metavar='auto|cpu|cuda', help="Where to train, instead of the config's."),
+    trust_code:bool=typer.Option(False, '--trust-code', help='Run the code that the run has kept of its notebook.'),
     save_dir:str=typer.Option('experiments', '--dir', help='The folder that holds the runs.'),
 ):
     """Train a run once more, and say whether the numbers came out the same.
 
     It ends with 0 if they did and with 1 if not, and then says what differs in config, code, data and machine."""
     from deep_studio_nb.experiments.reproduce import replay
-    found = replay(run, epochs, tolerance, name, device, save_dir)
+    found = replay(run, epochs, tolerance, name, device, save_dir, trust_code, overrides or ())
     print(found)
     return 0 if found.same else 1
