@@ -98,9 +98,15 @@ def points(self:Axis)->list[dict[str,Any]]: # Name to value
 
 # %% ../../nbs/50_experiments/59_axes.ipynb #12a573d3
 @patch
+def words(self:Option)->str: # Short
+    "Say what the option is, and what is open within it."
+    inner = '; '.join(f'{dotted(p) or "value"}: {a.words()}' for p,a in self.axes)
+    return f'{self.label} ({inner})' if inner else f'{self.label}'
+
+@patch
 def words(self:Axis)->str: # Short
     "Say what the axis may be."
-    if self.kind=='choice': return ', '.join(f'{o.label}' + ''.join(f' ({dotted(p) or "value"}: {a.words()})' for p,a in o.axes) for o in self.options)
+    if self.kind=='choice': return ', '.join(o.words() for o in self.options)
     return f'{self.low} to {self.high}' + (', by magnitude' if 'log' in self.kind else '') + (f', in steps of {self.step}' if self.step else '')
 
 class Space(list):

@@ -91,7 +91,7 @@ def _draw_lines(ax:Any, done:list, keys:list[str], mode:str):
     low,high = min(values, default=0),max(values, default=1)
     columns = [*(_heights(k, worst) for k in keys),([(o-low)/((high-low) or 1) for o in values],[(0.,f'{low:.4g}'),(1.,f'{high:.4g}')])] if worst else []
     for i,line in enumerate(zip(*(o for o,_ in columns))):
-        ax.plot(range(len(columns)), line, color='C0', alpha=0.1+0.9*(i+1)/len(worst), lw=0.8 if i<len(worst)-1 else 2)
+        ax.plot(range(len(columns)), line, color='C0', alpha=min(0.1+0.9*(i+1)/len(worst), 1), lw=0.8 if i<len(worst)-1 else 2)
     for i,(_,ticks) in enumerate(columns):
         ax.axvline(i, color='0.5', lw=0.8)
         for at,text in ticks: ax.text(i+0.03, at, text, size=7, va='center', bbox=dict(fc='white', ec='none', pad=0.5, alpha=0.8))
