@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from ..common.errors import RunError
 from ..common.files import safe_name
-from .removing import Removed, size_text, take_away
+from .removing import Removed, size_text, take_away, whole_record
 from .run_folder import RunFolder
 from .run_rows import RunRow
 from .run_zip import RunZip, files_to_pack, pack_into, unlike_zip
@@ -31,7 +31,7 @@ def _place(run, to):
     for name in chain([run.name], (f'{run.name}-{i}' for i in count(2))):
         path = to/f'{safe_name(name)}.zip'
         if not path.exists(): return path,False
-        if _holds(path, run.read()): return path,True
+        if _holds(path, whole_record(run)): return path,True
 
 # %% ../../nbs/50_experiments/55h_archive.ipynb #980bebf6
 @dataclass
@@ -50,7 +50,7 @@ class Archived:
 def _archived(run, to, show) -> Archived:
     "Move one run whose folder this process holds."
     path,there = _place(run, to)
-    files,left = files_to_pack(run, run.read()) if there else pack_into(run, path, show)
+    files,left = files_to_pack(run, whole_record(run)) if there else pack_into(run, path, show)
     wrong = unlike_zip(path, files, show)
     if wrong: raise RunError(f'`{run.path}` was not removed: {wrong}, which is `{path}`. Archive it once more.')
     return Archived(RunZip(path, run, len(files)+1, left), take_away(run))

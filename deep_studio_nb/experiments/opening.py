@@ -6,7 +6,7 @@
 __all__ = ['check_entries', 'open_run_zip']
 
 # %% ../../nbs/50_experiments/55g_opening.ipynb #11895c9b
-import errno, os, re, shutil, unicodedata, zipfile, zlib
+import os, re, shutil, unicodedata, zipfile, zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
@@ -87,7 +87,7 @@ def _saying(file) -> Iterator[None]:
     try: yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as e: raise RunError(f'`{file}` is no zip, or was cut off or damaged on its way ({e}). Have it sent once more.') from e
     except FileNotFoundError as e: raise RunError(f'There is no `{e.filename or file}`.') from e
-    except OSError as e: raise RunError(f'`{file}` could not be opened: {"the disk is full" if e.errno==errno.ENOSPC else e.strerror or e}. Nothing half is left behind.') from e
+    except OSError as e: raise RunError(f'`{file}` could not be opened: {e.strerror or e}. Nothing half is left behind.') from e
 
 def _settle(room, name, to, file) -> RunFolder:
     "Give an unpacked run its place."

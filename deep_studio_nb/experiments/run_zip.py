@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 from ..common.errors import RunError
 from ..data.counting import counting
-from .removing import own_files, size_text
+from .removing import own_files, size_text, whole_record
 from .run_folder import RunFolder, now
 from .run_rows import RunRow
 from .runs import run_of
@@ -81,7 +81,7 @@ def pack_run(
     show:bool=True # Whether to show progress
 ) -> tuple[dict[str,Path],list[str]]: # Name to path of what is in it, and names of what is not
     "Write a run into a zip."
-    record = run.read()
+    record = whole_record(run)
     files,left = files_to_pack(run, record)
     done,total = 0,sum(o.stat().st_size for o in files.values())
     with counting('MB packed', show) as progress, zipfile.ZipFile(path, 'x') as pack:

@@ -93,7 +93,8 @@ def _spare(row, table):
     "Checkpoints that a finished run need not keep."
     if not (row.run.path/'checkpoints'/'best_model.pt').is_file(): return []
     used = {os.path.realpath(p) for o in table for p in _starts(o)}
-    return [o for o in row.record.get('files') or () if isinstance(o, str) and any(fnmatchcase(o, p) for p in _THINNED) and os.path.realpath(row.run.path/o) not in used]
+    files = row.record.get('files')
+    return [o for o in (files if isinstance(files, list) else ()) if isinstance(o, str) and any(fnmatchcase(o, p) for p in _THINNED) and os.path.realpath(row.run.path/o) not in used]
 
 def _files_of(rule, row, table) -> OwnFiles:
     "What would go of a run, and what would stay in its folder."
@@ -159,7 +160,9 @@ def _will_stay(row, found):
 
 def _remove(rule, row, table) -> tuple[int,str]: # Bytes, and a note
     "Remove a run, or its spare checkpoints."
-    if rule.kind=='checkpoints': return remove_files(row.run, _spare(row, table)),''
+    if rule.kind=='checkpoints':
+        spare = _spare(row, table)
+        return remove_files(row.run, spare) if spare else 0,''
     done = remove_run(row.run)
     more = f' and {len(done.others)-3} more' if len(done.others)>3 else ''
     return done.size,done.others and f'What no manifest lists is still in {row.run.path}: {", ".join(o.relative_to(row.run.path).as_posix() for o in done.others[:3])}{more}.' or ''
@@ -186,7 +189,9 @@ def prune(
     res = Pruning(what, Path(folder), Table(), Table(), 0, 0, do, notes)
     for row in sorted((table[k] for k in go), key=lambda o: o.record['started'], reverse=True):
         name,found = row.cells['run'],_files_of(rule, row, table)
-        if rule.kind=='checkpoints' and not found.own: continue
+        if rule.kind=='checkpoints' and not found.own:
+            if do: _remove(rule, row, table)     # its list may name what is gone
+            continue
         cells = _row(row, go[name], found)
         try: freed,note = _remove(rule, row, table) if do else (found.size,_will_stay(row, found))
         except (RunError, OSError) as e: stay[name] = str(e); continue
