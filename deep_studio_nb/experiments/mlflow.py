@@ -8,15 +8,19 @@ __all__ = ['MLflow']
 # %% ../../nbs/50_experiments/51e_mlflow.ipynb #42ea076a
 import io
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from fastcore.basics import patch
 from ..common.errors import RunError, need
 from ..common.files import safe_name
 from ..common.logs import get_logger
 from ..common.registry import TRACKERS
+from .local_values import tracked_values
 from .services import chart_name, check_reachable, flat_config
 from .trackers import Tracker
 
@@ -34,7 +38,7 @@ class MLflow(Tracker):
     ):
         self.experiment,self.uri,self.name,self.tags,self.wait,self.run = experiment,uri,name,dict(tags or {}),wait,None
 
-# %% ../../nbs/50_experiments/51e_mlflow.ipynb #32f99ab8
+# %% ../../nbs/50_experiments/51e_mlflow.ipynb #4f7e01ed
 @contextmanager
 def _quiet() -> Iterator[None]:
     "Keep MLflow from telling how it makes its store."
@@ -45,29 +49,51 @@ def _quiet() -> Iterator[None]:
     finally:
         for o,level in zip(loggers, levels): o.setLevel(level)
 
-# %% ../../nbs/50_experiments/51e_mlflow.ipynb #854a40e3
+_REPORTS = 'MLFLOW_DISABLE_TELEMETRY'
+
+def _mlflow() -> ModuleType:
+    "Import MLflow without its reports about its use."
+    if 'mlflow' in sys.modules or _REPORTS in os.environ: return need('mlflow', 'track')
+    os.environ[_REPORTS] = 'true'
+    try: return need('mlflow', 'track')
+    finally: del os.environ[_REPORTS]
+
+# %% ../../nbs/50_experiments/51e_mlflow.ipynb #05e7f7e7
 @patch
 def start(self:MLflow, folder:Path, config:dict):
     "Begin a run of MLflow, or go on with the one that the folder knows."
-    mlflow = need('mlflow', 'track')
+    mlflow = _mlflow()
     self.where,self.waiting = self.uri or mlflow.get_tracking_uri(),[]
     check_reachable(self.where, self.wait)
     with _quiet():
         self.client = mlflow.MlflowClient(tracking_uri=self.where)
-        self.run = self._found() or self._made(Path(folder).name)
+        self.run = self._found(Path(folder)) or self._made(Path(folder).name)
     self._settings(flat_config(config))
 
-# %% ../../nbs/50_experiments/51e_mlflow.ipynb #2f4c46cf
+# %% ../../nbs/50_experiments/51e_mlflow.ipynb #dba60a41
 @patch
-def _found(self:MLflow) -> str|None: # The run's id
-    "Find the run that the folder knows, if it is still there."
+def _found(self:MLflow, folder:Path) -> str|None: # The run's id
+    "Find the run that the folder knows, if it is still there, and see what it has."
     run = self.note.get('run')
     if self.note.get('uri')!=self.where: return None
     try: deleted = self.client.get_run(run).info.lifecycle_stage=='deleted'
     except Exception: deleted = True # each store has its own errors
     if deleted: return get_logger('trackers').warning('MLflow: `%s` has no run `%s` any more, so a new one begins.', self.where, run)
     self.client.update_run(run, status='RUNNING')
+    self._count(run, tracked_values(folder))
     return run
+
+# %% ../../nbs/50_experiments/51e_mlflow.ipynb #05750a64
+@patch
+def _count(self:MLflow, run:str, rows:list[dict]):
+    "Note the rows that the run has, besides those that are noted."
+    have,had = {},self.note.get('rows', 0)
+    for row in rows[had:]:
+        key = chart_name(next(k for k in row if k!='step'))
+        if key not in have: have[key] = {o.step for o in self.client.get_metric_history(run, key)}
+        if row['step'] not in have[key]: break
+        had += 1
+    self.note = self.note | dict(rows=had)
 
 # %% ../../nbs/50_experiments/51e_mlflow.ipynb #4adee54b
 @patch
@@ -101,13 +127,23 @@ def _settings(self:MLflow, settings:dict):
 def log(self:MLflow, step:int, values:dict):
     "Take numbers."
     from mlflow.entities import Metric
-    self.waiting += [Metric(chart_name(k), v, int(time.time()*1000), step) for k,v in values.items()]
+    self.waiting.append([Metric(chart_name(k), v, int(time.time()*1000), step) for k,v in values.items()])
 
 @patch
 def flush(self:MLflow):
-    "Send what has been taken."
-    for i in range(0, len(self.waiting), 1000): self.client.log_batch(self.run, metrics=self.waiting[i:i+1000])
+    "Send what has been taken, a thousand numbers at a time."
+    batch = []
+    for row in self.waiting:
+        if len(batch)+len(row)>1000: self._send(batch)
+        batch += row
+    self._send(batch)
     self.waiting.clear()
+
+@patch
+def _send(self:MLflow, batch:list):
+    "Send some numbers, and forget them."
+    for i in range(0, len(batch), 1000): self.client.log_batch(self.run, metrics=batch[i:i+1000])
+    batch.clear()
 
 # %% ../../nbs/50_experiments/51e_mlflow.ipynb #d7673822
 def _file(name:str, step:int, suffix:str) -> str:

@@ -79,10 +79,11 @@ def end_run(
 ):
     "Write down how the run ended and which files it left, and let the trackers finish."
     exp.data.save_quarantine(exp.folder)
-    exp.folder.record_files('checkpoints/*.pt', 'images/*.png', 'logs/*')
+    exp.folder.record_files('checkpoints/*.pt', 'images/*.png', 'logs/**/*')
     if exp.trainer.chosen: more = {'speed': exp.trainer.chosen, **more}      # what `speed: auto` measured, and what it switched on
     exp.folder.update(status=status, ended=now(), **more)
     exp.recorder.trackers.finish(status)
+    exp.folder.record_files('images/*.png', 'logs/**/*')        # what the trackers have written last
 
 # %% ../../nbs/50_experiments/52g_on_record.ipynb #6fe2c03b
 def _start(exp):

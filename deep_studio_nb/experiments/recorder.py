@@ -77,7 +77,9 @@ def write(self:Recorder, trainer:BaseTrainer):
         self.folder.update(epochs=history.rows[-1]['epoch'], steps=trainer.steps, **_best(history))
         self.folder.record_files('checkpoints/*.pt', 'images/*.png')    # a run that is killed has listed what is its own
     if not self.drawing.due: return
-    with trainer.saver.guarding(): self.draw(history)
+    with trainer.saver.guarding(), self.drawing.spending():
+        self.draw(history)
+        self.folder.record_files('logs/**/*')    # there may be thousands, so not after each epoch
 
 @patch
 def after_fit(self:Recorder, trainer:BaseTrainer):

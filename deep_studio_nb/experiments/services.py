@@ -9,9 +9,10 @@ __all__ = ['chart_name', 'flat_config', 'as_png', 'check_reachable', 'read_note'
 import io
 import json
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies
 from ..common.errors import RunError
 from ..common.pictures import as_pixels
@@ -54,7 +55,7 @@ def as_png(
         Image.fromarray((pixels*255).round().astype('uint8')).save(file, 'png')
     return file.getvalue()
 
-# %% ../../nbs/50_experiments/51_services.ipynb #a7ddceb6
+# %% ../../nbs/50_experiments/51_services.ipynb #8fb3da02
 _HERE = 'localhost','127.0.0.1','::1'
 
 def check_reachable(
@@ -64,8 +65,15 @@ def check_reachable(
     "Refuse a server that does not answer."
     where = urlsplit(url)
     if where.scheme not in ('http','https') or where.hostname not in _HERE and getproxies().get(where.scheme): return
-    try: socket.create_connection((where.hostname, where.port or dict(http=80, https=443)[where.scheme]), timeout=wait).close()
+    try:
+        with socket.create_connection((where.hostname, where.port or dict(http=80, https=443)[where.scheme]), timeout=wait) as door: _hear(door, where)
     except OSError as e: raise RunError(f'`{url}` does not answer ({e}). Check the address and the network.') from e
+
+def _hear(door:socket.socket, where:SplitResult):
+    "Wait for the first word of a server; whatever it says, it is there."
+    if where.scheme=='https': return
+    door.sendall(f'GET / HTTP/1.0\r\nHost: {where.netloc.rpartition("@")[2]}\r\n\r\n'.encode())
+    with suppress(ConnectionError): door.recv(1)
 
 # %% ../../nbs/50_experiments/51_services.ipynb #999f74d1
 def read_note(

@@ -19,7 +19,7 @@ from ..common.registry import TRACKERS
 from .services import chart_name, flat_config
 from .trackers import Tracker
 
-# %% ../../nbs/50_experiments/51c_tensorboard.ipynb #9c6af1ec
+# %% ../../nbs/50_experiments/51c_tensorboard.ipynb #100637c7
 @TRACKERS.register('tensorboard')
 class TensorBoard(Tracker):
     "Write event files for TensorBoard into the run's `logs/`."
@@ -32,11 +32,22 @@ class TensorBoard(Tracker):
     def start(self, folder, config):
         need('tensorboard', 'track')
         from torch.utils.tensorboard import SummaryWriter
-        self.config,self.writer = config,SummaryWriter(str(Path(folder)/'logs'))
+        logs = Path(folder)/'logs'
+        if self.note: self.note = self.note | dict(rows=_kept_rows(logs))
+        self.config,self.writer = config,SummaryWriter(str(logs))
 
-    def log(self, step, values):
-        if not self.note.get('settings'): self._settings(values)
-        for name,value in values.items(): self.writer.add_scalar(chart_name(name), value, step)
+# %% ../../nbs/50_experiments/51c_tensorboard.ipynb #c7539405
+@patch
+def log(self:TensorBoard, step:int, values:dict):
+    "Take numbers."
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    if not self.note.get('settings'): self._settings(values)
+    self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=chart_name(k), simple_value=v) for k,v in values.items()]), step)
+
+def _kept_rows(logs:Path) -> int:
+    "Count the entries with numbers in a folder's event files."
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    return sum(o.summary.value[0].HasField('simple_value') for path in logs.glob('events.out.tfevents.*') for o in LegacyEventFileLoader(str(path)).Load() if o.summary.value)
 
 # %% ../../nbs/50_experiments/51c_tensorboard.ipynb #bfc2f9cf
 @patch

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from threading import Event, Thread
-from time import monotonic
+from time import monotonic, thread_time
 from typing import Any
 import torch
 from fastcore.basics import patch
@@ -32,7 +32,7 @@ class Tracker:
     "Receive what a run has to say; write the methods you need."
     goes_on = False # Whether it keeps what earlier processes of the run have told; then it is told only what it does not have
     draws_graph = False # Whether `graph` is to be called
-    note:dict = {} # What it wants to know when the run goes on, kept in the run folder; replace it, do not change it
+    note:dict = {} # What it wants to know when the run goes on, kept in the run folder; replace it, do not change it. `rows` in it counts the lines that it has: `start` may correct that
     def start(self,
         folder:Path, # The run folder
         config:dict # The resolved config, plain data
@@ -84,6 +84,7 @@ class _Post:
         if self.error is None and len(self.mail)>=self.room: self.fail(RuntimeError(f'{len(self.mail):,} messages wait for it, so it does not keep up.'))
         if self.error is not None: return
         self.mail.append((method,args))
+        if len(self.mail)==self.room//2: self.hurry.set()
         if self.thread is None:
             self.thread = Thread(target=self.work, name=f'tracker {self.name}', daemon=True)
             self.thread.start()
@@ -102,6 +103,8 @@ def fail(self:_Post, e:BaseException):
         if method is None: args[0].set()
 
 # %% ../../nbs/50_experiments/51b_trackers.ipynb #eae3f89b
+_SHARE,_LONGEST = 0.002,5 # of the time, for carrying; pauses at most, one after the other
+
 @patch
 def work(self:_Post):
     "Carry what is there, then gather for a while; until the end."
@@ -110,8 +113,9 @@ def work(self:_Post):
             self.wake.wait()
             self.wake.clear()
             self.hurry.clear()
+            began = thread_time()
             if self.carry(): break
-            self.hurry.wait(self.pause)
+            self.hurry.wait(min(max((thread_time()-began)/_SHARE, self.pause), self.pause*_LONGEST))
     except BaseException as e: self.fail(e) # whatever a foreign service raises, `SystemExit` included, the run goes on
     self.thread = None
 
@@ -139,9 +143,9 @@ def begin(self:_Post, folder:Path, config:dict, rows:list[dict]):
     if self.tracker.goes_on: self.tracker.note = read_note(self.path)
     self.tracker.start(folder, config)
     if not self.tracker.goes_on: return
-    for row in rows[self.tracker.note.get('rows', 0):]:
-        self.tracker.log(row['step'], {k: math.nan if v is None else v for k,v in row.items() if k!='step'})
-    self.known = self.rows = len(rows)
+    had = self.tracker.note.get('rows', 0)
+    for row in rows[had:]: self.tracker.log(row['step'], {k: math.nan if v is None else v for k,v in row.items() if k!='step'})
+    self.known = self.rows = max(had, len(rows))
 
 @patch
 def tell(self:_Post, step:int, values:dict, row:int):
@@ -174,7 +178,7 @@ class Trackers:
     "Speak to several trackers; one that fails, or that takes too long, is reported and left out."
     def __init__(self,
         trackers:Iterable[Tracker], # Built trackers
-        pause:float=2., # Seconds for which a tracker's messages are gathered
+        pause:float=2., # Seconds for which a tracker's messages are gathered; five times as long where that saves time
         patience:float=30., # Seconds that all of them together may take to finish
         room:int=10_000 # Messages that may wait for a tracker
     ):
@@ -248,7 +252,7 @@ def log(self:Trackers,
     "Keep some numbers, and tell every tracker."
     with self._safely('Some values'):
         step,words = self._at(step),{k: v for k,v in values.items() if isinstance(v, str)}
-        numbers = {k: float(v) for k,v in values.items() if v is not None and k not in words}
+        numbers = {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k,v in values.items() if v is not None and k not in words}
         if numbers: self._tell('log', step, numbers, self._kept(step, numbers))
         for k,v in words.items(): self.text(k, v, step)
 

@@ -7,9 +7,13 @@ __all__ = ['WandB']
 
 # %% ../../nbs/50_experiments/51d_wandb.ipynb #c0555f09
 import io
+import json
+import math
 import netrc
 import os
 import secrets
+import subprocess
+import sys
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +68,7 @@ def start(self:WandB, folder:Path, config:dict):
     self.folder,self.config,self.note = Path(folder),config,_new_note() | self.note
     wandb = need('wandb', 'track')
     self.run = self._online(wandb) if self._mode(wandb)=='online' else self._init(wandb, 'offline')
+    if self.note.get('calls'): self._count()
     self.run.define_metric('step', hidden=True)
     self.run.define_metric('*', step_metric='step')
 
@@ -93,12 +98,15 @@ def _online(self:WandB, wandb:ModuleType) -> Any: # A run of W&B
         if not isinstance(e, RunError): self.note = _new_note() # the attempt still holds the id
         return self._init(wandb, 'offline')
 
+_OFTEN = dict(x_transaction_log_flush_interval=2.) # seconds between two writings of W&B's own program
+
 @patch
 def _init(self:WandB, wandb:ModuleType, mode:str) -> Any: # A run of W&B
     "Begin, without asking, printing, or taking over the terminal."
     logs = self.folder/'logs'
     logs.mkdir(parents=True, exist_ok=True)
-    settings = wandb.Settings(console='off', silent=True, init_timeout=self.wait)
+    known = getattr(wandb.Settings, 'model_fields', ())
+    settings = wandb.Settings(console='off', silent=True, init_timeout=self.wait, symlink=False, **{k: v for k,v in _OFTEN.items() if k in known})
     return wandb.init(**self.given, name=self.name or self.folder.name, id=self.note['id'], config=self.config, dir=str(logs), mode=mode,
                       resume='allow', reinit='create_new', settings=settings)
 
@@ -106,7 +114,7 @@ def _init(self:WandB, wandb:ModuleType, mode:str) -> Any: # A run of W&B
 @patch
 def _send(self:WandB, row:dict):
     "Send a row at once."
-    calls = max(self.note.get('calls', 0), self.run.step)
+    calls = self.note.get('calls', 0)
     self.run.log(row, step=calls, commit=True)
     self.note = self.note | dict(calls=calls+1)
 
@@ -140,3 +148,25 @@ def finish(self:WandB, status:str):
 def advice(self:WandB, error:BaseException) -> str:
     "Say what to do about an error."
     return Tracker.advice(self, error) or ('' if isinstance(error, (RunError,ImportError)) else '`mode: offline` keeps the run on this machine.')
+
+# %% ../../nbs/50_experiments/51d_wandb.ipynb #8a1a319f
+def _history(path:Path) -> list[dict]: # Name to value, `_step` among them
+    "List what W&B has kept in a file, as its own program reads it."
+    res = subprocess.run([sys.executable, '-m', 'wandb', 'leet', 'inspect', '--json', str(path)], capture_output=True, text=True, encoding='utf-8', timeout=120)
+    if res.returncode: raise RunError(f'W&B cannot read `{path}`: {res.stderr.strip()}')
+    return [o['history']['item'] for o in map(json.loads, res.stdout.splitlines()) if o['type']=='history']
+
+def _is_row(item:dict) -> bool: return not any(k.endswith('._type') for k in item) # pictures and texts have a type
+
+# %% ../../nbs/50_experiments/51d_wandb.ipynb #4b1ae284
+@patch
+def _count(self:WandB):
+    "Note how many calls and rows W&B has."
+    offline,paths = self.run.settings.mode=='offline',sorted(self.folder.glob(f'logs/wandb/*run-*-{self.note["id"]}/*.wandb'))
+    if not paths: return
+    end = math.inf if offline else self.run.step
+    try: kept = [o for path in paths for o in _history(path) if o['_step']<end]
+    except (OSError, ValueError, RunError, subprocess.TimeoutExpired) as e: return get_logger('trackers').debug('W&B: what it has is taken from the note. %s', e)
+    calls = 1+max((o['_step'] for o in kept), default=-1)
+    rows = sum(map(_is_row, kept))
+    self.note = self.note | dict(calls=calls if offline else end, rows=rows if offline else rows+end-calls)
