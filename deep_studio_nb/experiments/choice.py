@@ -102,12 +102,13 @@ def plot(self:Choice)->Figure: # With two axes, or one for a single candidate
     "Draw the candidates and how far the winner is ahead, as dots with intervals."
     known = {k: o.interval for k,o in zip(self.names(), self.ranked) if o.interval}
     if not known: raise RunError('The candidates were not scored again, so there are no intervals to draw. Leave out `rescore=False`.')
-    fig = new_picture(4+4*bool(self.differences), 0.9+0.3*len(known))
+    wide = 0.08*max(map(len, known))   # inches of a name
+    fig = new_picture(3.3+wide+(3.3+2*wide)*bool(self.differences), 0.9+0.3*len(known))
     axs = fig.subplots(1, 1+bool(self.differences), squeeze=False)[0]
     plot_intervals(known, self.monitor.name, axs[0])
     if not self.differences: return fig
     plot_intervals({f'{o.first} - {o.second}': o for o in self.differences}, f'difference in {self.monitor.name}', axs[1])
-    axs[1].set_title(f'{"left" if self.monitor.mode=="min" else "right"} of the line: {self.names()[0]} is better', fontsize=8)
+    axs[1].set_title(f'{"left" if self.monitor.mode=="min" else "right"} of the line: {self.names()[0]} is better', fontsize=8, loc='right')
     return fig
 
 @patch
