@@ -69,5 +69,5 @@ def archive(
     if links: raise RunError(f'`{links[0].path}` is a link. Archive the run where it is: `{os.path.realpath(links[0].path)}`.')
     res = []
     for run in found:
-        with run.claimed(patience=0): res.append(_archived(run, Path(to), show))
+        with run.claimed(patience=0.3): res.append(_archived(run, Path(to), show))
     return res

@@ -69,7 +69,7 @@ def own_files(
 def _held(run):
     "Say whether a process holds the folder."
     try:
-        with run.claimed(patience=0): return False
+        with run.claimed(patience=0.1): return False      # others may look at the same moment
     except RunError: return True
 
 def _unended(run, record):
@@ -161,7 +161,7 @@ def remove_run(
     "Hold the folder of a run, and take the run away."
     if not run.path.exists(): raise RunError(f'`{run.path}` is not there any more.')
     if run.path.is_symlink(): raise RunError(f'`{run.path}` is a link. Remove the run where it is: `{os.path.realpath(run.path)}`.')
-    with run.claimed(patience=0): return take_away(run)
+    with run.claimed(patience=0.3): return take_away(run)
 
 # %% ../../nbs/50_experiments/55e_removing.ipynb #3bbee9a7
 def leftovers(
@@ -198,7 +198,7 @@ def remove_files(
 ) -> int: # Bytes that are free now
     "Remove some of a run's own files, and strike them off its list."
     names = set(names)-{'manifest.json'}
-    with run.claimed(patience=0):
+    with run.claimed(patience=0.3):
         record = _ready(run)
         mine = OwnFiles([o for o in own_files(run.path, record).own if o.relative_to(run.path).as_posix() in names])
         size = mine.size

@@ -142,7 +142,7 @@ def is_replaced(
 def _alive(pid:int) -> bool:
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
-    except PermissionError: return True
+    except (PermissionError, TypeError, OverflowError): return True # somebody else's, or a record that says no number: nobody knows
     return True
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #05044315
@@ -150,7 +150,7 @@ def _alive(pid:int) -> bool:
 def is_alive(self:RunFolder) -> bool: # True where the process is on another machine, and nobody knows
     "Say whether the process that wrote the manifest last is still there."
     record = self.read()
-    return not is_replaced(record) and (record.get('host')!=socket.gethostname() or _alive(record['pid']))
+    return not is_replaced(record) and (record.get('host')!=socket.gethostname() or _alive(record.get('pid')))
 
 # %% ../../nbs/50_experiments/50_run_folder.ipynb #87e2d4f9
 @patch

@@ -195,5 +195,5 @@ def export_run(
     if path.is_dir(): path = path/f'{run.name}.zip'
     if path.suffix!='.zip': raise RunError(f'`{path}` does not end in .zip. A run is exported into a zip.')
     if path.exists(): raise RunError(f'`{path}` is there already. Give another name, or move it away.')
-    with run.claimed(patience=0): files,left = pack_into(run, path, show)
+    with run.claimed(patience=0.3): files,left = pack_into(run, path, show)
     return RunZip(path, run, len(files)+1, left)
