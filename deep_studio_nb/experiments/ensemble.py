@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..common.errors import RunError
+from ..common.logs import get_logger
 from ..common.tables import Table
 from ..data.image_files import BadFile
 from ..evaluation.averages import Average
@@ -25,6 +26,7 @@ from .member_answers import batches_like, check_same_samples, data_of, evidence_
 from .members import check_alike, check_unseen, find_members
 from .predict import answers_in_rows, expand_files
 from .run_data import ids_of
+from ..training.batches import length_of
 
 # %% ../../nbs/50_experiments/54d_ensemble.ipynb #d5d19fd1
 class Ensemble:
@@ -45,7 +47,8 @@ class Ensemble:
         self.task,self.classes = first.task,first.classes
         self._sum()
         check_tta(tta, self.task, first.facts.get('input'))
-        self._weights = None if how=='weighted' and weights is None else check_weights(weights, len(self), how)
+        self._found = how=='weighted' and weights is None
+        self._weights = None if self._found else check_weights(weights, len(self), how)
 
     def __len__(self): return len(self.members)
     def __repr__(self): return f'Ensemble({self.how}, of {", ".join(o.name for o in self.members)})'
@@ -117,11 +120,12 @@ def evaluate(self:Ensemble,
 ) -> Evaluation: # Metrics, and one row a sample
     "Score all members together on a split that none of them was trained on."
     first = self.members[0].load()
-    data,facts = first.splits(),first.facts
+    data = first.splits()
     loader,judged = data.in_order(split),first.judged(data.facts)
-    first = None
+    first = None   # before the next one comes
     check_unseen(self.members, split, data)
     self._find_weights(data)
+    if self._found and split=='valid': get_logger('run').warning('The weights were found on validation samples, so that the numbers for `valid` are somewhat too good. Those for `test` are fair.')
     return evaluate(nn.Identity(), self._answers(split, data), **judged, device=torch.device('cpu'), ids=lambda: ids_of(loader),
                     classes=self.classes, split=split, task=data.facts.get('task'))
 
@@ -134,7 +138,7 @@ def _answers(self:Ensemble, split, data) -> Iterator[tuple[Tensor,Any]]:
             waiting[i] = None
             yield total.value(),y
         at += len(waiting)
-        if at>=len(data.in_order(split)): return
+        if at==length_of(data.in_order(split)): return
 
 # %% ../../nbs/50_experiments/54d_ensemble.ipynb #c9342309
 def _pieces(answers):
@@ -155,6 +159,7 @@ def _of_files(self:Ensemble, files, batch_size, bad):
             waiting[n][1].add(out, self.weights[i])
             size,n = size+out.nbytes,n+1
             if size>=_ROOM and trained.facts.get('input')=='image' or i and n==len(waiting): break
+        if n!=len(waiting): raise RunError(f'`{member.name}` could read fewer of the files than `{self.members[0].name}`, so their answers cannot be put together. Has a file changed meanwhile?')
         trained = None   # before the next one comes
     bad += odd
     return [(names,total.value()) for names,total in waiting],sum(len(names) for names,_ in waiting)+len(odd)
@@ -166,8 +171,9 @@ def predict_files(self:Ensemble,
     batch_size:int=64 # Samples in a batch
 ) -> tuple[Evaluation,list[BadFile]]: # One row a sample, and the files that were left out
     "Predict image files, or the rows of tables and texts, with all members together."
-    bad,first = [],self.members[0]
-    return answers_in_rows(self._of_all_files(files, batch_size, bad), self.classes, first.facts.get('task')),bad
+    bad = []
+    self._find_weights()   # before a model is there
+    return answers_in_rows(self._of_all_files(files, batch_size, bad), self.classes, self.members[0].facts.get('task')),bad
 
 @patch
 def _of_all_files(self:Ensemble, files, batch_size, bad):
