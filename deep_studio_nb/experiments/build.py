@@ -35,12 +35,11 @@ def learn_names():
 
 # %% ../../nbs/50_experiments/52a_build.ipynb #a010353d
 def build_dataset(
-    cfg:Config, # A checked config
-    given:Dataset|None=None # Taken instead of the config's
+    cfg:Config # A checked config
 ) -> tuple[Dataset|None,dict]: # The training dataset with its transforms, or None when the loader brings its own; and the lists of transforms by stage
     "Make the dataset of a config."
-    if given is None and not cfg.get('dataset'): return None,{}
-    dataset,specs = cfg.init_obj('dataset', DATASETS) if given is None else given,cfg.get('transforms') or {}
+    if not cfg.get('dataset'): return None,{}
+    dataset,specs = cfg.init_obj('dataset', DATASETS),cfg.get('transforms') or {}
     if not isinstance(dataset, BaseDataset) and not specs: return dataset,{}
     dataset = as_dataset(dataset)
     dataset.check()
@@ -50,11 +49,11 @@ def build_dataset(
 # %% ../../nbs/50_experiments/52a_build.ipynb #63eb43e6
 def build_data(
     cfg:Config, # A checked config
-    given:Dataset|None=None # Taken instead of the config's dataset
+    given:tuple[Dataset,dict]|None=None # A dataset and its lists of transforms, instead of those of the config
 ) -> Splits: # Loaders of the splits that there are
     "Make the dataset and the loaders of a config."
     if not cfg.get('data_loader'): raise ConfigError('This config does not say where its data comes from: the run had objects of a notebook, which no config can describe. Give them to `Experiment.from_objects` once more.')
-    dataset,lists = build_dataset(cfg, given)
+    dataset,lists = given or build_dataset(cfg)
     train = cfg.init_data_loader('data_loader', LOADERS, dataset=dataset, facts=dict(seed=cfg['seed']))
     ask = lambda name: getattr(train, name)() if hasattr(train, name) else None
     return Splits(train, ask('split_validation'), ask('split_test'), ask('facts') or {}, lists)

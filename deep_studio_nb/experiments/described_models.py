@@ -101,25 +101,27 @@ def _free(model:nn.Module, make:Callable, lost:dict) -> list[inspect.Parameter]:
     return free
 
 # %% ../../nbs/50_experiments/53b_described_models.ipynb #b7bf2928
-def _as_made_by(model:nn.Module, make:Callable) -> str|dict|None: # None where it was not
+def _as_made_by(model:nn.Module, make:Callable, facts:dict) -> str|dict|None: # None where it was not
     "Describe a model as `make` would make it."
     args,lost = kept_args(model, make)
     free = _free(model, make, lost)
     found = _found(model, make, args, free)
     if found is None: return None
     usual = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in free}
-    spec = as_spec(name_of(make, MODELS), {k: v for k,v in found.items() if k in args or v!=usual[k]})
-    try: again = create_model(spec)
+    asked = {k: p.default for k,p in signature_of(make).parameters.items() if k in facts and p.default is not p.empty} # what the data would tell otherwise
+    spec = as_spec(name_of(make, MODELS), {**asked, **{k: v for k,v in found.items() if k in args or k in facts or v!=usual[k]}})
+    try: again = create_model(spec, facts=facts)
     except Exception: return None
     return None if unlike_at(model, again.to(next((p.device for p in model.parameters()), 'cpu')), weights=False) else spec
 
 def described_model(
-    model:nn.Module|str|dict # A network; a name or a spec is given back
+    model:nn.Module|str|dict, # A network; a name or a spec is given back
+    facts:dict|None=None # What the data tells a model that is not told by its arguments
 ) -> str|dict: # A name, or `{type, args}`, from which one with the same layers is built
     "Find out what a config has to say to get a network like this."
     if not isinstance(model, nn.Module): return described(model, MODELS)
     makers = list(_makers(model))
-    found = next((o for make in makers if (o := _as_made_by(model, make)) is not None), None)
+    found = next((o for make in makers if (o := _as_made_by(model, make, facts or {})) is not None), None)
     if found is not None: return found
     kind = type(model)
     if not makers: name_of(kind, MODELS)

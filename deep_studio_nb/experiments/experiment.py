@@ -23,6 +23,7 @@ from .build import build_data, build_model, build_trainer, learn_names
 from .going_on import check_untouched, folder_to_go_on, kept_config, newest_checkpoint, resume_point, run_to_go_on, take_up, train_longer
 from .on_record import begin_run, train_run
 from .recorder import records_kept, repeat
+from .run_config import RunConfig
 from .run_data import Splits
 from .run_folder import RunFolder
 from .scoring import score_split, try_out
@@ -52,7 +53,7 @@ class Experiment:
         begin()
         learn_names()
         extra = [f'{k}={json.dumps(v, ensure_ascii=False)}' for k,v in dict(name=name, device=device).items() if v is not None]
-        self.config = Config.read(config, *overrides, *extra)
+        self.config = RunConfig.read(config, *overrides, *extra)
         _learn(self.config, trust_code)
         self.config.check()
         self.folder,self.source,self.recorder,self.seen,self.told = None,None,None,None,[]
@@ -147,7 +148,8 @@ def resume(cls:Experiment,
 ) -> Experiment: # `fit` goes on where the checkpoint was written
     "Take up a run where one of its checkpoints left it."
     run,path,state = resume_point(what, save_dir)
-    config = config or kept_config(path, state)
+    config,unwritten = config or kept_config(path, state),(state.get('meta') or {}).get('unwritten')
+    if unwritten: raise RunError(f'`{near_path(what)}` was made of objects that no config can describe. Make them again, and give them to `Experiment.from_objects(..., resume="{near_path(what)}")`:\n' + '\n'.join(unwritten))
     learn_code(run, Config(config), trust_code, f'deep-studio train --resume {shlex.quote(near_path(what))}', f'Experiment.resume("{what}"')
     exp = cls(config, *overrides, name=name, device=device)
     take_up(exp, path, folder_to_go_on(run, path, state, exp.config['trainer']['epochs'], renamed=name is not None))
@@ -159,10 +161,11 @@ def auto(cls:Experiment,
     config:str|Path|dict|Config, # A config file, or the same as plain data
     *overrides:str, # Changes of single keys, e.g. `"trainer.epochs=3"`
     name:str|None=None, # Name of the run, instead of the config's
-    device:str|None=None # auto, cpu, cuda ..., instead of the config's
+    device:str|None=None, # auto, cpu, cuda ..., instead of the config's
+    trust_code:bool=False # Whether code that a run has kept of its notebook may be run, where the config is that of a run
 ) -> Experiment: # `fit` goes on, or begins
     "Take up the run of this config that is not finished, or begin one."
-    exp = cls(config, *overrides, name=name, device=device)
+    exp = cls(config, *overrides, name=name, device=device, trust_code=trust_code)
     run,exp.told = run_to_go_on(exp.config)
     if run: take_up(exp, newest_checkpoint(run), run)
     return exp

@@ -66,7 +66,6 @@ def begin_run(
     for o in exp.config.notes: get_logger('config').info('%s', o)
     exp.trainer.check()
     if exp.folder is None: make_folder(exp)
-    exp.told += keep_code(exp.folder, exp.config.data)
     for o in exp.told: get_logger('run').warning('%s', o)
     exp.told = []
     if exp.recorder is None: _connect(exp)
@@ -89,6 +88,7 @@ def end_run(
 def _start(exp):
     "Keep the plan of a run, and show what it will train on."
     write_config_file(exp.config.data, exp.folder.file('config.yaml'))
+    for o in keep_code(exp.folder, exp.config.data): get_logger('run').warning('%s', o)
     if not (exp.folder.path/'split.json').exists(): exp.data.save_split(exp.folder)
     exp.folder.update(status='running', error=None, config=exp.config.data, **this_process())
     exp.recorder.trackers.start(exp.folder.path, exp.config.data)
