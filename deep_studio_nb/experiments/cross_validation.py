@@ -81,8 +81,9 @@ def _train_one(self:CrossValidation, fold:int, view)->bool: # False when somebod
 def _in_turn(self:CrossValidation, view):
     "Train the folds one after the other."
     for k in range(len(self.plan)):
+        done = k in self.finished
         self.stopped = not self._train_one(k, view)
-        let_go()
+        if not done: let_go()
         view.over(self.table())
         if self.stopped: return
 

@@ -150,11 +150,9 @@ def train_fold(
 )->bool: # Whether it came to its end; False when somebody stopped it
     "Train a fold, or what is left of it."
     run = run_of_fold(config)
-    try:
-        if run is None or run.status()!='finished': return _train(Config(config, folder=code), run, tell)
-        held_out(run, config, code, config.get('device') or 'auto')
-        return True
-    finally: let_go()
+    if run is None or run.status()!='finished': return _train(Config(config, folder=code), run, tell)
+    held_out(run, config, code, config.get('device') or 'auto')
+    return True
 
 # %% ../../nbs/50_experiments/58c_fold_runs.ipynb #b316926f
 def _scored(record):
