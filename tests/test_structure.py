@@ -9,7 +9,7 @@ PKG, NBS = ROOT/'deep_studio_nb', ROOT/'nbs'
 NB_KB = 400                # a notebook's size, pictures included
 CELL_LINES = 60            # of one exported cell
 LIGHT = {'torch', 'numpy', 'fastcore.basics', *sys.stdlib_module_names}   # what a module may import when it is loaded; torch loads numpy
-EXTRA = {f'deep_studio_nb.{o}': {'typer'} for o in ('cli', 'data_commands', 'run_commands', 'sweep_command', 'trial_commands')}                        # the command line is written with it, and no other module imports that
+EXTRA = {f'deep_studio_nb.{o}': {'typer'} for o in ('answer_commands', 'cli', 'data_commands', 'kfold_command', 'run_commands', 'sweep_command', 'trial_commands')}                        # the command line is written with it, and no other module imports that
 APART = {'data': {'models', 'training'}, 'models': {'data', 'training'}, 'training': {'data', 'models'}}   # neighbours that do not know each other
 
 def report(problems): assert not problems, '\n' + '\n'.join(problems)
