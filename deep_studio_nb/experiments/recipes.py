@@ -9,13 +9,18 @@ __all__ = ['Spread', 'spread_difference', 'recipe', 'Recipes', 'recipes']
 import json, math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from ..common.errors import DataError, RunError
+from ..common.pictures import new_picture
 from ..common.tables import Table
 from .comparable import best_value, by_split, measured_on, run_label, unlike_in
 from .intervals import ScoreDifference, rounded
 from .run_folder import RunFolder
 from ..training.monitor import Monitor
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
+else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% ../../nbs/50_experiments/57c_recipes.ipynb #23daeeff
 class Spread:
@@ -142,3 +147,20 @@ def told(self:Recipes,
 def __repr__(self:Recipes):
     rows = Table(dict(recipe=k, runs=len(o), mean=o.mean, sd=o.sd if len(o)>1 else None, lowest=min(o.values), highest=max(o.values)) for k,o in self.spreads.items())
     return '\n'.join([str(rows), *self.told()])
+
+# %% ../../nbs/50_experiments/57c_recipes.ipynb #d97fae4d
+@patch
+def plot(self:Recipes)->Figure: # A row a recipe, the best mean on top
+    "Draw a dot for each run, and a line for each mean."
+    from matplotlib.ticker import MaxNLocator
+    spreads = self.spreads
+    fig = new_picture(5, 0.7+0.3*max(len(spreads), 1))
+    ax = fig.subplots()
+    for y,o in enumerate(spreads.values()):
+        ax.plot(o.values, [y]*len(o), 'o', alpha=0.6)
+        ax.plot(o.mean, y, '|', color='black', ms=18)
+    ax.set(ylim=(len(spreads)-0.5,-0.5), xlabel=f'{self.monitor.name}; dots are {self.kind}, lines their mean')
+    ax.set_yticks(range(len(spreads)), list(spreads))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.grid(axis='x', alpha=0.3)
+    return fig

@@ -44,7 +44,7 @@ def _mark(*batches):
     return marks.told()
 
 # %% ../../nbs/50_experiments/57e_rescore.ipynb #9b190b34
-@dataclass
+@dataclass(repr=False)
 class SampleScores:
     "What each sample of a split has to do with a number."
     name:str # Of the number, e.g. `accuracy`
@@ -55,6 +55,7 @@ class SampleScores:
     groups:list|None=None # n values of what belongs together; None when every sample stands for itself
 
     def __len__(self): return len(self.ids)
+    def __repr__(self): return f'{self.name} {self.value:.4g} over {len(self):,} samples'
 
 def same_samples(
     scored:Mapping[str,SampleScores] # Run -> its scores
