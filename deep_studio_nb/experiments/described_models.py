@@ -124,7 +124,7 @@ def described_model(
     found = next((o for make in makers if (o := _as_made_by(model, make, facts or {})) is not None), None)
     if found is not None: return found
     kind = type(model)
-    if not makers: name_of(kind, MODELS)
+    if not makers and kind.__module__.split('.')[0] not in ('torch','torchvision'): name_of(kind, MODELS)
     _,lost = kept_args(model, kind)
     if kind in makers and lost: raise ConfigError(f'is a `{kind.__name__}` that does not keep {", ".join(f"`{k}`" for k in lost)}, and no values are found that make one like it. Let the class keep them, as in `self.{next(iter(lost))} = {next(iter(lost))}`, or give `model` as a name with arguments.')
     raise ConfigError(f'is a `{kind.__name__}` that cannot be made again: it was changed after it was made, or put together in place. Write a function in a cell that makes it, with `@MODELS.register` above it.')
