@@ -203,7 +203,13 @@ def _standing(run):
     status,error = run.status(),run.read().get('error')
     return f'failed ({error})' if status=='failed' and error else dict(created='has not begun', killed='was killed', failed='failed').get(status, f'is {status}')
 
-# %% ../../nbs/50_experiments/50_run_folder.ipynb #8f3a80a1
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #be578c9b
+def _is_whole(run):
+    "Say whether a run has a manifest that can be read."
+    try: return bool(run.read())
+    except RunError: return False
+
+# %% ../../nbs/50_experiments/50_run_folder.ipynb #fbea7c19
 def find_run(
     what:str|Path, # A run folder, its bare name, or a checkpoint (`.pt`)
     save_dir:str|Path='experiments', # Where bare names are looked up
@@ -215,7 +221,7 @@ def find_run(
     if path.suffix!='.pt' and not (path/'manifest.json').exists() and (named/'manifest.json').exists(): path = named # data may have the run's name
     if path.is_file() and path.suffix=='.pt':
         run = RunFolder(path.parent.parent)
-        return (run if path.parent.name=='checkpoints' and run.manifest_path.exists() else None),path
+        return (run if path.parent.name=='checkpoints' and _is_whole(run) else None),path
     if not (path/'manifest.json').exists(): raise _no_run(what, save_dir)
     order = [prefer, *({'best_model','last'}-{prefer})]
     found = [o for o in (path/'checkpoints'/f'{n}.pt' for n in order) if o.exists()]
