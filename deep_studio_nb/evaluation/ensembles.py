@@ -62,7 +62,7 @@ _KEPT = 2_000_000   # values of one model to look at: more say nothing new about
 
 def _thinned(x):
     "Every so manieth row of `x`, where there are very many."
-    return x[::-(-len(x)//_KEPT)]
+    return x[::max(1, -(-len(x)//_KEPT))]
 
 def truth_share(
     out:Tensor, # (n, k) or (n, k, h, w) outputs
