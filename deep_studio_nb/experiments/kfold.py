@@ -50,9 +50,8 @@ def _dots(ax, folds, values, tests, together):
     if tests: ax.plot(folds, tests, 'D', color='gray', ms=5, mfc='none', label='test')
     if together is not None: ax.axhline(together, color='gray', ls=':', label='test, together')
     ax.set(xlabel='fold', xlim=(min(folds)-0.6,max(folds)+0.6))
-    ax.locator_params(axis='x', integer=True)
+    ax.set_xticks(folds[::-(-len(folds)//12)])
     ax.grid(axis='y', alpha=0.3)
-    if tests: ax.legend(fontsize=7)
 
 # %% ../../nbs/50_experiments/58f_kfold.ipynb #7c89720b
 @patch
@@ -70,9 +69,12 @@ def plot(self:CrossValidation,
         tests = [o.get(f'test_{metric}') for o in there]
         _curves(above, epochs, name)
         _dots(below, [o['fold'] for o in there], [o[name] for o in there], tests if None not in tests else None, self.test.metrics.get(metric) if self.test is not None else None)
+    if axes[1][0].get_legend_handles_labels()[0]: axes[1][0].legend(fontsize=7, framealpha=0.5)
     return fig
 
 # %% ../../nbs/50_experiments/58f_kfold.ipynb #aab2d25f
+def _chosen_by_them(cfg): return (cfg.get('trainer.monitor') or 'min val_loss').split()[-1].startswith('val_') and cfg['trainer']['epochs']>1
+
 def _number(o): return str(o) if math.isfinite(o.low) else f'{o.value:.4g}'
 
 @patch
@@ -85,6 +87,7 @@ def _told(self:CrossValidation)->Iterator[str]:
     yield str(rows)
     oof = self.out_of_fold
     yield f'Together: {len(oof):,} held-out samples with 95 % intervals' + (f', and on the test the {len(self.runs)} folds as one model ({self.how})' if self.test is not None else '') + '.'
+    if _chosen_by_them(self.plan.cfg): yield 'The best epoch of a fold is chosen by its held-out samples, which flatters their scores a little' + ('; the test is free of that.' if self.test is not None else '.')
     if oof.missing: yield f'{len(oof.missing):,} samples have no prediction.'
 
 @patch
@@ -111,8 +114,7 @@ def summary(self:CrossValidation)->str: # Some lines for people
     if self.stopped: return '\n'.join([*lines, '', 'Stopped; nothing is lost. The same command goes on.'])
     if failed: lines += ['', f'{len(failed)} of {len(self.plan)} folds failed; the same command tries them again. What happened is in {folder}/logs/.']
     if not self.runs: return '\n'.join(lines)
-    first,*others = [shlex.quote(near_path(o.path)) for o in self.runs]
-    return '\n'.join([*lines, '', 'What next?', f'  deep-studio runs {folder}', f'  deep-studio predict {first}' + ''.join(f' --with {o}' for o in others) + ' FILES'])
+    return '\n'.join([*lines, '', 'What next?', f'  deep-studio runs {folder}', f'  deep-studio predict {folder} FILES'])
 
 # %% ../../nbs/50_experiments/58f_kfold.ipynb #5ee1517d
 @patch
