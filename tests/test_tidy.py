@@ -1,10 +1,10 @@
 "Tidying, archives and exports: killed at every step, on full disks, with links and files of others, and runs that are at work or needed."
-import errno, json, multiprocessing, os, random, resource, shutil, signal, subprocess, sys, time, zipfile
+import errno, json, multiprocessing, os, random, resource, shutil, signal, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
 from deep_studio_nb.common.errors import RunError, StudioError
 from deep_studio_nb.common.files import write_json
-from deep_studio_nb.experiments import archive as archive_module, removing, run_zip, tidy
+from deep_studio_nb.experiments import archive as archive_module, tidy
 from deep_studio_nb.experiments.archive import archive
 from deep_studio_nb.experiments.opening import open_run_zip
 from deep_studio_nb.experiments.removing import leftovers, own_files, remove_run
@@ -296,7 +296,7 @@ def test_a_project_that_was_moved_knows_its_final_model(here):
     make('a', 0.9), make('b', 0.1)
     Path('checkpoints').mkdir()
     Path('checkpoints/final_model.pt').touch()
-    write_json('checkpoints/final_model.json', dict(run='/home/other/project/experiments/a'))
+    write_json('checkpoints/final_model.json', dict(run='/mnt/other/project/experiments/a'))
     assert not prune('keep best 1').going
     before = os.getcwd()
     os.chdir('/')

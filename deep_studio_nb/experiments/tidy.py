@@ -6,7 +6,7 @@
 __all__ = ['Pruning', 'prune']
 
 # %% ../../nbs/50_experiments/57i_tidy.ipynb #95042d47
-import html, json, os, shlex
+import html, json, os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,9 +15,9 @@ from fastcore.basics import patch
 from ..common.errors import RunError
 from ..common.tables import Table
 from .removing import OwnFiles, finish_removal, leftovers, own_files, remove_files, remove_run, size_text, why_busy
-from .run_rows import LEFTOVER, RunRow, flat_keys
+from .run_rows import LEFTOVER, flat_keys
 from .runs import RunTable, runs
-from .tidy_rules import TidyRule, read_rule
+from .tidy_rules import read_rule
 
 # %% ../../nbs/50_experiments/57i_tidy.ipynb #d9452bab
 def _chosen_runs(save_dir) -> Iterator[tuple[Path,str]]:
