@@ -212,15 +212,21 @@ from .training.preflight_plan import *
 from .training.preflight_pass import *
 from .training.preflight import *
 
-# %% ../nbs/80_front/80_all.ipynb #9e6f4086
+# %% ../nbs/80_front/80_all.ipynb #519a9e7b
 from .evaluation.rows import *
 from .evaluation.evaluate import *
 from .evaluation.results import *
 from .evaluation.pictures_out import *
+from .evaluation.averages import *
+from .evaluation.tta import *
+from .evaluation.ensembles import *
 
-# %% ../nbs/80_front/80_all.ipynb #61dd35d8
+# %% ../nbs/80_front/80_all.ipynb #692c0801
 from .experiments.run_folder import *
 from .experiments.provenance import *
+from .experiments.kept_code import *
+from .experiments.trusted_code import *
+from .experiments.run_config import *
 from .experiments.services import *
 from .experiments.local_values import *
 from .experiments.trackers import *
@@ -236,21 +242,33 @@ from .experiments.together import *
 from .experiments.scoring import *
 from .experiments.on_record import *
 from .experiments.experiment import *
+from .experiments.described import *
+from .experiments.described_models import *
+from .experiments.described_training import *
+from .experiments.from_objects import *
 from .experiments.trained import *
 from .experiments.predict import *
+from .experiments.members import *
+from .experiments.member_answers import *
+from .experiments.ensemble import *
+from .experiments.asking import *
+
+# %% ../nbs/80_front/80_all.ipynb #0cf97685
 from .experiments.run_rows import *
 from .experiments.runs import *
 from .experiments.differences import *
 from .experiments.curves import *
 from .experiments.compare import *
+from .experiments.removing import *
+from .experiments.run_zip import *
+from .experiments.opening import *
+from .experiments.archive import *
 from .experiments.launch import *
 from .experiments.prints import *
 from .experiments.resume_legs import *
 from .experiments.resume_trial import *
 from .experiments.verify_resume import *
 from .experiments.preflight import *
-
-# %% ../nbs/80_front/80_all.ipynb #17806fd1
 from .experiments.reproduce import *
 from .experiments.intervals import *
 from .experiments.bootstrap import *
@@ -260,6 +278,18 @@ from .experiments.contributions import *
 from .experiments.rescore import *
 from .experiments.choice import *
 from .experiments.select import *
+from .experiments.tidy_rules import *
+from .experiments.tidy import *
+from .experiments.jobs import *
+from .experiments.on_ray import *
+from .experiments.fold_plan import *
+from .experiments.fold_runs import *
+
+# %% ../nbs/80_front/80_all.ipynb #33e7d01f
+from .experiments.out_of_fold import *
+from .experiments.cross_validation import *
+from .experiments.kfold import *
+from .experiments.ray_ranks import *
 from .experiments.axes import *
 from .experiments.space import *
 from .experiments.variants import *
