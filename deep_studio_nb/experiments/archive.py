@@ -7,7 +7,7 @@ __all__ = ['Archived', 'archive']
 
 # %% ../../nbs/50_experiments/55h_archive.ipynb #3f25d1df
 import json, os, zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from ..common.errors import RunError
