@@ -27,7 +27,7 @@ def _wrong_ends(kind:str, ends:Any, step:Any)->str: # What was wanted; nothing w
     if ends[0]>=ends[1]: return 'a low end that is below the high end'
     if 'log' in kind and ends[0]<=0: return 'ends above 0: magnitudes have no zero'
     if step is not None and (kind not in ('range','int') or not _is_number(step, whole) or not 0<step<=ends[1]-ends[0]):
-        return f'a `step` within `range` or `int`, not longer than from end to end'
+        return 'a `step` within `range` or `int`, not longer than from end to end'
     return ''
 
 # %% ../../nbs/50_experiments/59a_space.ipynb #80a4dbde

@@ -101,7 +101,7 @@ def _database(text:str, seconds:float)->Any:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
     try: url = make_url(text)
-    except (ArgumentError, ValueError) as e: raise RunError(f'`--storage` is no URL of a database. It looks like postgresql://user:password@host/name, or sqlite:///file.db') from e
+    except (ArgumentError, ValueError) as e: raise RunError('`--storage` is no URL of a database. It looks like postgresql://user:password@host/name, or sqlite:///file.db') from e
     _ring(url, seconds)
     said = url.render_as_string() # without the password
     try: return _within(2*seconds, lambda: optuna.storages.RDBStorage(text, engine_kwargs=dict(pool_pre_ping=True)), said)
