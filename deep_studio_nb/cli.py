@@ -12,6 +12,7 @@ import typer
 from .answer_commands import evaluate_run, predict_with
 from .common.errors import StudioError
 from .data_commands import data_app
+from .kfold_command import kfold_command
 from .run_commands import reproduce, show_runs
 from .sweep_command import sweep_command
 from .trial_commands import config_and_overrides, doctor, find_rate, find_size, short_path
@@ -116,6 +117,7 @@ app.command('find-batch-size')(find_size)
 app.command()(doctor)
 
 # %% ../nbs/80_front/81_cli.ipynb #82249f6f
+app.command('kfold')(kfold_command)
 app.command('sweep')(sweep_command)
 app.command('runs')(show_runs)
 app.command()(reproduce)
