@@ -11,7 +11,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from fastcore.basics import patch
 from ..common.arguments import split_spec
 from ..common.building import find_part, takes
 from ..common.config import Config
@@ -90,7 +89,9 @@ class FoldPlan:
         "Say where the folds are written down."
         return self.folder/'folds.json'
     def __len__(self): return len(self.made)
-    def __repr__(self): return f'FoldPlan({self.folder.name}: {len(self)} folds of {sum(map(len, self.made.blocks[0])):,} samples)'
+    def __repr__(self):
+        times = len(self.made.blocks)
+        return f'{self.folder.name}: {len(self)//times} folds of {sum(map(len, self.made.blocks[0])):,} samples' + f', {times} times'*(times>1)
 
     def config(self,
         fold:int # From 0
@@ -119,10 +120,12 @@ def lasting(
     "Flatten a config, without what changes nothing in the result, such as the device and the folder."
     return json.loads(json.dumps({'.'.join(map(str, p)): o for p,o in leaves(config) if not any(p[:len(x)]==x for x in _ELSEWHERE)}, default=str))
 
+_PLAIN = dict(seed='seed of the folds', test_split='share for the test')
+
 def _facts(plan):
     "What the folds and their trainings depend on, flat."
     ds = plan.made.dataset
-    return lasting(plan.cfg.data) | {k: o for k,o in plan.made.how.items() if o is not None} | {'samples': len(ds), 'contents of the data': ds.fingerprint()}
+    return lasting(plan.cfg.data) | {_PLAIN.get(k, k): o for k,o in plan.made.how.items() if o is not None} | {'samples': len(ds), 'contents of the data': ds.fingerprint()}
 
 # %% ../../nbs/50_experiments/58b_fold_plan.ipynb #e1844540
 def _check_same(was, now, folder):
