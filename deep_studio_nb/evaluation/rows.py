@@ -23,6 +23,7 @@ def probabilities(
 def _class_rows(preds, targets, names):
     "Prediction and probability; with targets also what it is and whether that was found."
     best,picked = (o.tolist() for o in probabilities(preds).max(1))
+    names = range(preds.shape[1]) if names is None else names # classes without names go by their numbers
     rows = [dict(prediction=names[k], probability=round(p, 6)) for k,p in zip(picked, best)]
     if targets is not None:
         for row,k,y in zip(rows, picked, targets.tolist()): row |= dict(target=names[y], correct=k==y)
