@@ -6,7 +6,7 @@
 __all__ = ['unlike_at', 'plain_value', 'name_of', 'kept_args', 'as_spec', 'described']
 
 # %% ../../nbs/50_experiments/53a_described.ipynb #31146577
-import inspect, math
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import Enum

@@ -9,7 +9,6 @@ __all__ = ['described_model']
 import inspect, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
 import torch
 from torch import nn
 from ..common.arguments import signature_of

@@ -6,7 +6,6 @@
 __all__ = ['described_dataset', 'described_transforms', 'described_loader']
 
 # %% ../../nbs/50_experiments/53d_from_objects.ipynb #e3b54356
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 from ..common.config import Config
-from ..common.errors import ConfigError, RunError
+from ..common.errors import ConfigError
 from ..common.parts import parts
 from ..common.processes import begin
 from ..common.randomness import seeded
