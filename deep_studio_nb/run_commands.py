@@ -47,9 +47,9 @@ def _exported(names, save_dir, out):
 
 def _opened(names, save_dir, name, most):
     "Run folders made of zips."
-    from deep_studio_nb.experiments.opening import open_run_zip
+    from deep_studio_nb.experiments.opening import missing_here, open_run_zip
     if not names or name and names[1:]: raise typer.BadParameter('--open takes the zip of a run' + (', and --name only one of them.' if names else '.'))
-    return '\n'.join(f'{run.name}: {run.status()}, in {run.path}' for run in (open_run_zip(o, save_dir, name, most) for o in names))
+    return '\n'.join('\n'.join([f'{run.name}: {run.status()}, in {run.path}', *missing_here(run)]) for run in (open_run_zip(o, save_dir, name, most) for o in names))
 
 # %% ../nbs/80_front/80d_run_commands.ipynb #944bdbcd
 _GOES_WITH = {'list': ('--where','--sort','--columns','--differences'), '--compare': ('--out',), '--prune': ('--yes','--where'), '--archive': ('--out',), '--export': ('--out',), '--open': ('--name','--most')}
