@@ -12,7 +12,6 @@ from deep_studio_nb.data.digits import Digits
 from deep_studio_nb.data.folds import folds
 from deep_studio_nb.evaluation.averages import AVERAGED, Average
 from deep_studio_nb.evaluation.ensembles import HOWS, check_weights, combine, fit_weights, score_weights
-from deep_studio_nb.evaluation.rows import probabilities
 from deep_studio_nb.experiments import ensemble, members
 from deep_studio_nb.experiments.ensemble import Ensemble
 from deep_studio_nb.experiments.experiment import Experiment

@@ -10,7 +10,6 @@ __all__ = ['HOWS', 'check_how', 'check_weights', 'combine', 'truth_share', 'mixt
 import math
 from collections.abc import Iterable, Sequence
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from ..common.errors import DataError, did_you_mean, listed
 from .averages import Average, check_averaged

@@ -21,7 +21,6 @@ from ..data.image_files import BadFile
 from ..evaluation.averages import Average
 from ..evaluation.ensembles import check_how, check_weights
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.tta import check_tta
 from .member_answers import batches_like, check_same_samples, data_of, evidence_of, said_by, weights_of_evidence
 from .members import check_alike, check_unseen, find_members
 from .predict import answers_in_rows, expand_files
@@ -41,12 +40,10 @@ class Ensemble:
         **loading # Further arguments of `load_trained`, such as `trust_code`
     ):
         check_how(how)
-        self.members = find_members(members, save_dir, device=device, **loading)
+        self.members = find_members(members, save_dir, tta, device=device, **loading)
         check_alike(self.members)
-        self.how,self.tta,first = how,tta,self.members[0]
-        self.task,self.classes = first.task,first.classes
-        self._sum()
-        check_tta(tta, self.task, first.facts.get('input'))
+        self.how,self.tta,self.task,self.classes = how,tta,self.members[0].task,self.members[0].classes
+        self._sum()   # refuses a vote on numbers
         self._found = how=='weighted' and weights is None
         self._weights = None if self._found else check_weights(weights, len(self), how)
 

@@ -52,23 +52,25 @@ def member_paths(
         if inside: return sorted(inside, key=lambda x: natural_key(x.name))
     return [path]
 
-def _member(what, loading):
+def _member(what, tta, loading):
     "What is worth keeping of a model that waits."
     given = what if isinstance(what, Trained) else None
     trained = given or load_trained(what, **loading)
+    trained.looks(tta)   # refuses what it cannot do
     name = trained.run.name if trained.run else trained.path.stem
     return Member(name, trained.path, trained.config.data, trained.facts, trained.classes, trained.run, given, loading)
 
 def find_members(
     what:Any, # Runs, folders of runs, checkpoints or `Trained` models: one, or a list of them
     save_dir:str|Path='experiments', # Where bare names are looked up
+    tta:Any=None, # How they shall look at pictures, as for `check_tta`: each has to be able to
     **loading # Further arguments of `load_trained`: `device`, `trust_code` ...
 ) -> list[Member]: # At least one, each another checkpoint
     "Look up the models of an ensemble."
     some = list(what) if isinstance(what, Sequence) and not isinstance(what, str) else [what]
     found = [x for o in some for x in ([o] if isinstance(o, Trained) else member_paths(o, save_dir))]
     if not found: raise RunError('An ensemble needs at least one member, and there is none. Name runs, checkpoints, or a folder of folds.')
-    res = [_member(o, dict(save_dir=save_dir, **loading)) for o in found]
+    res = [_member(o, tta, dict(save_dir=save_dir, **loading)) for o in found]
     paths = [o.path.resolve() for o in res]
     twice = next((o for o,p in zip(res, paths) if paths.count(p)>1), None)
     if twice: raise RunError(f'`{near_path(twice.path)}` is there twice. Each member counts once; for more, give it a larger weight.')
