@@ -121,7 +121,7 @@ class LocalProcess:
         at_once:int=1, # How many share the machine
         key:str='' # The same in every life of the job
     ):
-        self.job,self.since = job,begin_log(job)
+        self.job,self.since,self.began = job,begin_log(job),time.monotonic()
         env = os.environ | _surroundings(place, at_once) | dict(DEEP_STUDIO_NB_JOB=key)
         try:
             with open(job.log, 'ab') as out: self.process = subprocess.Popen([sys.executable, '-c', CHILD], stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
@@ -151,7 +151,7 @@ class LocalProcess:
         return said_error(self.job, self.since, self.poll())
 
 # %% ../../nbs/50_experiments/58_jobs.ipynb #a663e64c
-_QUICK,_DEATHS,_ALL_DEATHS = 5.,3,20 # seconds; in a row; of one job
+_QUICK,_DEATHS,_ALL_DEATHS = 5.,3,10 # seconds; in a row; of one job
 
 class _Crew:
     "Those who work on a list of jobs."
@@ -164,17 +164,17 @@ class _Crew:
         "Give the jobs that wait to the places that are free."
         while self.waiting and self.places and not self.stopping:
             (i,job),place = self.waiting.pop(0),self.places.pop(0)
-            self.at_work[i] = (self.start(job, place, f'{self.key}-{i}'), place, time.monotonic())
+            self.at_work[i] = self.start(job, place, f'{self.key}-{i}'),place
 
     def look(self, i:int):
         "See whether a job has ended, and whether it shall be begun again."
-        process,place,since = self.at_work[i]
+        process,place = self.at_work[i]
         if (code := process.poll()) is None: return
         del self.at_work[i]
         process.kill() # lets go of what it holds
         self.places.insert(0, place)
         if code>=0: self.ended[i] = Ended(process.job, code, '' if code in (0,130) else process.error())
-        elif not self.stopping: self._died(i, process.job, code, time.monotonic()-since)
+        elif not self.stopping: self._died(i, process.job, code, time.monotonic()-process.began)
 
     def _died(self, i:int, job:Job, code:int, lived:float):
         "Have a job begun again whose process was killed, unless that makes no sense."
@@ -212,10 +212,10 @@ def _see_through(crew:_Crew, seen:Callable|None):
     try: crew.work(seen)
     except KeyboardInterrupt:
         crew.stopping = True
-        for process,*_ in crew.at_work.values(): process.stop()
+        for process,_ in crew.at_work.values(): process.stop()
         crew.work(seen)
     finally:
-        for process,*_ in crew.at_work.values(): process.kill()
+        for process,_ in crew.at_work.values(): process.kill()
 
 def run_jobs(
     jobs:list[Job], # What there is to do

@@ -46,9 +46,19 @@ def check_answers(
         except (OSError, OverflowError) as e: _refuse(address, str(e.strerror or e) if isinstance(e, OSError) else 'there is no such port')
     try: done = subprocess.run([sys.executable, '-c', _TRY, address], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', timeout=seconds)
     except subprocess.TimeoutExpired: _refuse(address, f'something is there, but it said nothing in {seconds:g} seconds')
+    if 'InvalidAuthToken' in done.stderr: _refuse(address, 'it asks for its token, which Ray takes from `RAY_AUTH_TOKEN` when `RAY_AUTH_MODE=token`')
     if done.returncode: _refuse(address, ([o.strip() for o in done.stderr.splitlines() if o.strip()] or ['the process that tried was ended'])[-1])
 
 # %% ../../nbs/50_experiments/58a_ray.ipynb #4406b6d0
+@contextmanager
+def _mode_kept()->Iterator[None]:
+    "Give back what Ray writes into the environment when it starts."
+    key,before = 'RAY_AUTH_MODE',os.environ.get('RAY_AUTH_MODE')
+    try: yield
+    finally:
+        os.environ.pop(key, None)
+        if before is not None: os.environ[key] = before
+
 @contextmanager
 def _signals_kept()->Iterator[None]:
     "Give the handlers of signals back that Ray replaces."
@@ -58,32 +68,22 @@ def _signals_kept()->Iterator[None]:
     finally:
         for number,handler in kept.items(): signal.signal(number, handler)
 
-@contextmanager
-def _patient()->Iterator[None]:
-    "Have Ray wait longer than 15 seconds for its own parts, on a machine that has much to do."
-    key = 'RAY_agent_register_timeout_ms'
-    new = key not in os.environ
-    os.environ.setdefault(key, '60000')
-    try: yield
-    finally:
-        if new: del os.environ[key]
-
 def _init(ray:Any, address:str|None):
     "Connect this process to Ray, or start it."
     quiet = dict(logging_level=60, log_to_driver=False)
-    with _signals_kept(), _patient():
+    with _signals_kept():
         if address: return ray.init(address, **quiet)
         from deep_studio_nb.data.workers import usable_cores
         ray.init('local', num_cpus=usable_cores(), include_dashboard=False, object_store_memory=100<<20, **quiet)
 
-def _connect(ray:Any, address:str|None, tries:int=2):
-    "Do so in words for people; a machine that has much to do may need a second try."
+def _connect(ray:Any, address:str|None, tries:int=3):
+    "Do so in words for people. Ray gives its own parts 15 seconds to start, so a machine that has much to do may need a second try."
     if address: check_answers(address)
     for left in reversed(range(tries)):
         try: return _init(ray, address)
         except Exception as e:
             ray.shutdown()
-            if not left: raise RunError(f'Ray cannot be used at `{address or "this machine"}`: {str(e).strip().partition(chr(10))[0]}') from e
+            if not left: raise RunError(f'Ray cannot be used at `{address or "this machine"}`: {str(e).strip().partition(chr(10))[0]} If the machine has much to do, try again later.') from e
 
 @contextmanager
 def ray_connected(
@@ -93,10 +93,13 @@ def ray_connected(
     address,ray = ray_address(on) or os.environ.get('RAY_ADDRESS'),need('ray', 'ray')
     mine = not ray.is_initialized()
     if not mine and on!='ray': raise RunError(f'This process uses Ray already, so it cannot go to `{on}` as well. Call `ray.shutdown()` first, or give `on="ray"` for the one in use.')
-    if mine: _connect(ray, address)
-    try: yield ray
-    finally:
-        if mine: ray.shutdown()
+    if not mine:
+        yield ray
+        return
+    with _mode_kept():
+        _connect(ray, address)
+        try: yield ray
+        finally: ray.shutdown()
 
 # %% ../../nbs/50_experiments/58a_ray.ipynb #499048c2
 class RayHand:
@@ -211,7 +214,7 @@ class RayProcess:
         key:str # The same in every life of the job
     ):
         self.ray,self.job,self.since,self.code,self.stopping = ray,job,begin_log(job),None,False
-        self.hand = hire(ray, *share)
+        self.hand,self.began = hire(ray, *share),time.monotonic()
         self.key,self.threads,self.step = key,share[0],self._begin
         self.ref = self.hand.tell.remote([os.getcwd(), str(job.log.resolve())])
 
@@ -226,7 +229,7 @@ class RayProcess:
         else:
             self.ref,self.step = self.hand.start.remote(CHILD, [], job_line(self.job), os.getcwd(), same_view(self.threads) | dict(DEEP_STUDIO_NB_JOB=self.key), self.key),self._begun
 
-    def _begun(self, _:None): self.ref,self.step = self.hand.look.remote(1.),self._looked
+    def _begun(self, _:None): self.ref,self.step,self.began = self.hand.look.remote(1.),self._looked,time.monotonic()
 
     def _looked(self, seen:tuple):
         "Take over what the process has said, and whether it has ended."
