@@ -2,10 +2,12 @@
 
 A library that is not installed skips its tests and says which extra installs it.
 """
-import ctypes, errno, json, logging, os, signal, socket, subprocess, sys, threading
+import ctypes, errno, json, logging, os, signal, socket, subprocess, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import pytest, torch
+from PIL import Image
 from torch import nn
 from deep_studio_nb.common.registry import TRACKERS
 from deep_studio_nb.experiments import mlflow as _mlflow, tensorboard as _tensorboard, wandb as _wandb  # noqa: F401 (they register themselves)
@@ -42,6 +44,19 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     if 'wandb' in sys.modules: sys.modules['wandb'].teardown()
+
+def heard():
+    "What the trackers say in this process from here on."
+    lines = []
+    class Heard(logging.Handler):
+        def emit(self, record): lines.append(record.getMessage())
+    logging.getLogger('deep_studio_nb.trackers').addHandler(Heard())
+    return lines
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    "Trackers have time to finish, however busy the machine is."
+    monkeypatch.setattr(Trackers.__init__, '__defaults__', (2., 180., 10_000))
 
 def net(): return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Dropout(0.5))
 
@@ -124,6 +139,8 @@ def test_wandb_keeps_all_that_was_told(alone, said):
     assert [o for o in rows if 'loss/train' in o] == [{'step': s, 'loss/train': 1/s, 'loss/valid': 2/s, 'lr': 0.1} for s in (10, 20)]
     assert (rows[0]['step'], rows[0]['config._type'])==(0, 'html-file')
     assert (rows[1]['images/train._type'], rows[1]['images/train.width'], rows[1]['images/train.height'])==('image-file', 6, 4)
+    assert Image.open(path.parent/'files'/rows[1]['images/train.path']).size==(6, 4)
+    assert 'name: 꽃' in (path.parent/'files'/rows[0]['config.path']).read_text(encoding='utf-8')
     run = records(path, 'run')[0]
     assert (run['project'], run['display_name'], run['tags'], run['run_group'])==('flowers', 'digits', ['baseline'], 'folds')
     assert run['config']['update']['optimizer']['args']['lr']==0.1
@@ -138,6 +155,50 @@ def test_wandb_goes_on_with_the_same_run(alone):
     assert [o['step'] for p in (first, second) for o in values(p) if 'loss/train' in o]==[10, 20, 30]
     calls = [o['item']['_step'] for p in (first, second) for o in records(p, 'history')]
     assert calls==list(range(len(calls)))       # so that the pieces fit together when they are sent
+
+def told_and_killed(out, folder, env):
+    "Tell W&B some steps, note them, and die before its program has written them."
+    os.chdir(folder)
+    os.environ.update(env)
+    track(Path(folder)/'run', TRACKERS.build(dict(type='wandb', args=dict(mode='offline'))), [10, 20, 30], status=None)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def test_what_the_program_of_wandb_loses_with_a_kill_is_told_again(alone):
+    library('wandb')
+    with pytest.raises(EOFError): in_a_child(told_and_killed, str(alone), dict(os.environ))
+    assert json.loads((alone/'run'/'logs'/'WandB.json').read_text())['rows']==3
+    track(alone/'run', TRACKERS.build(dict(type='wandb', args=dict(mode='offline'))), [30, 40], since=20)
+    assert [o['step'] for p in wandb_files(alone/'run') for o in values(p) if 'loss/train' in o]==[10, 20, 30, 40]
+    calls = [o['item']['_step'] for p in wandb_files(alone/'run') for o in records(p, 'history')]
+    assert calls==sorted(set(calls))
+
+def children():
+    "Process numbers of this process's children, by what they were started with."
+    lines = subprocess.run(['ps', '-eo', 'pid=,ppid=,args='], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {int(pid): args for pid,parent,args in (o.split(None, 2) for o in lines) if int(parent)==os.getpid()}
+
+def dies_in_the_middle(out, folder, env):
+    "Track with W&B, whose program is killed; then track another run."
+    os.chdir(folder)
+    os.environ.update(env)
+    lines, tracker = heard(), dict(type='wandb', args=dict(mode='offline'))
+    run = track(Path(folder)/'run', TRACKERS.build(tracker), [10], status=None)
+    for pid in [k for k,v in children().items() if 'wandb-core' in v]: os.kill(pid, signal.SIGKILL)
+    for step in range(20, 60, 10):
+        run.log(step, dict(loss=1))
+        run.flush()
+    began = time.monotonic()
+    run.finish('finished')
+    took, told = time.monotonic()-began, list(lines)
+    again = track(Path(folder)/'again', TRACKERS.build(tracker), [10])
+    out.send((took, run.alive==[], told, len(again.alive)))
+
+def test_the_program_of_wandb_dies_in_the_middle(alone):
+    library('wandb')
+    took, silent, told, left = in_a_child(dies_in_the_middle, str(alone), dict(os.environ))
+    assert took<20 and silent and len([o for o in told if 'silent from here on' in o])==1
+    assert [o['step'] for o in tracked_values(alone/'run')]==[10, 20, 30, 40, 50]
+    assert left==1 and [o['step'] for o in values(wandb_files(alone/'again')[0]) if 'loss/train' in o]==[10]       # a new program for the next run
 
 def test_two_runs_at_once_are_two_runs_of_wandb(alone):
     library('wandb')
@@ -204,6 +265,8 @@ def test_mlflow_keeps_all_that_was_told(alone, store):
     assert {o.path for o in c.list_artifacts(run.info.run_id)}=={'config-0.txt', 'images'}
     text = c.download_artifacts(run.info.run_id, 'config-0.txt', str(alone))
     assert Path(text).read_text(encoding='utf-8')=='name: 꽃\nseed: 0'
+    picture, = c.list_artifacts(run.info.run_id, 'images')
+    assert Image.open(c.download_artifacts(run.info.run_id, picture.path, str(alone))).size==(6, 4)
 
 def test_mlflow_uses_its_own_store_by_default(alone):
     library('mlflow')
@@ -230,6 +293,23 @@ def test_a_run_that_mlflow_has_lost_is_told_from_the_beginning(alone, store, sai
     assert new.info.run_id!=run.info.run_id and any('no run' in o for o in said)
     assert [o.step for o in c.get_metric_history(new.info.run_id, 'loss/train')]==[10, 20, 30]
 
+MAKES = """
+from pathlib import Path
+from deep_studio_nb.experiments.mlflow import MLflow
+tracker = MLflow(uri='sqlite:///store.db')
+tracker.start(Path('first'), {})
+"""
+
+def test_a_kill_while_mlflow_makes_its_store_leaves_no_half_of_it(alone):
+    library('mlflow')
+    with subprocess.Popen([sys.executable, '-c', MAKES]) as child:
+        until = time.monotonic()+120
+        while not any(o.stat().st_size for o in alone.glob('.mlflow-*/new.db')): assert time.monotonic()<until and child.poll() is None
+        child.kill()
+    assert not (alone/'store.db').exists()
+    track(alone/'second', TRACKERS.build(dict(type='mlflow', args=dict(uri='sqlite:///store.db'))), [10])
+    assert only_run('sqlite:///store.db')[1].info.run_name=='second'
+
 def test_values_that_are_no_numbers_reach_mlflow(alone, store):
     run = Trackers([TRACKERS.build(dict(type='mlflow', args=dict(uri=store)))], pause=0)
     run.start(alone/'run', {})
@@ -242,6 +322,48 @@ def test_a_server_that_is_not_there_is_told_once(alone, said):
     library('mlflow')
     run = track(alone/'run', TRACKERS.build(dict(type='mlflow', args=dict(uri='http://127.0.0.1:9'))), range(1, 20))
     assert run.alive==[] and len(said)==1 and 'Start the server' in said[0]
+
+def test_a_server_that_only_listens_does_not_hold_mlflow_up(alone, said):
+    library('mlflow')
+    with socket.create_server(('127.0.0.1', 0)) as door:
+        began = time.monotonic()
+        run = track(alone/'run', TRACKERS.build(dict(type='mlflow', args=dict(uri=f'http://127.0.0.1:{door.getsockname()[1]}', wait=0.5))), range(1, 20))
+    assert run.alive==[] and len(said)==1 and 'does not answer' in said[0] and time.monotonic()-began<90
+
+class Store(BaseHTTPRequestHandler):
+    "As much of a server of MLflow as a run needs; counts the batches of numbers."
+    batches = 0
+    def answer(self):
+        self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        name = self.path.partition('?')[0].partition('/mlflow/')[2]
+        if name=='runs/log-batch': Store.batches += 1
+        info = dict(run_id='a1', experiment_id='7', status='RUNNING', lifecycle_stage='active')
+        body = {'experiments/get-by-name': dict(experiment=dict(experiment_id='7', name='deep_studio_nb')), 'runs/create': dict(run=dict(info=info)),
+                'runs/get': dict(run=dict(info=info, data={})), 'runs/log-batch': {}, 'runs/update': dict(run_info=info)}.get(name)
+        self.send_response(404 if body is None else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body or {}).encode())
+    do_GET = do_POST = answer
+    def log_message(self, *args): "Say nothing."
+
+def test_a_server_that_dies_in_the_middle(alone, said, monkeypatch):
+    library('mlflow')
+    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Store)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    run = Trackers([TRACKERS.build(dict(type='mlflow', args=dict(uri=f'http://127.0.0.1:{server.server_port}')))], pause=0)
+    run.start(alone/'run', dict(seed=0))
+    run.log(1, dict(loss=1))
+    run.flush()
+    assert len(run.alive)==1 and Store.batches==2      # settings, numbers
+    server.shutdown()
+    server.server_close()
+    for step in range(2, 6):
+        run.log(step, dict(loss=1))
+        run.flush()
+    run.finish('finished')
+    assert run.alive==[] and len(said)==1 and 'silent from here on' in said[0]
+    assert [o['step'] for o in tracked_values(alone/'run')]==[1, 2, 3, 4, 5]
 
 # --- whatever the library ---
 
@@ -259,6 +381,13 @@ class Slow(Tracker):
     "Waits for an answer that does not come, as a login does."
     answer = threading.Event()
     def log(self, step, values): self.answer.wait()
+
+@TRACKERS.register
+class Raises(Tracker):
+    "Draws random numbers, and breaks when it is told the first."
+    def log(self, step, values):
+        torch.rand(3)
+        raise ValueError('not like this')
 
 @TRACKERS.register
 class Leaves(Tracker):
@@ -279,13 +408,24 @@ def fit(cfg, *extra):
     exp.fit()
     return exp
 
+def there(folder):
+    "Specs of the trackers whose libraries are installed."
+    specs = dict(tensorboard='tensorboard', wandb=dict(type='wandb', args=dict(mode='offline')), mlflow=dict(type='mlflow', args=dict(uri=f'sqlite:///{folder}/store.db')))
+    return [spec for o,spec in specs.items() if _has(o)]
+
+def _has(name):
+    try: return bool(version(name))
+    except PackageNotFoundError: return False
+
 def test_trackers_change_nothing_and_stop_nothing(alone, monkeypatch):
     "Weights are the same bits with trackers that draw the model, hang, raise or leave."
     library('tensorboard')
     with_none = fit(config('none', []))
     monkeypatch.setattr(Trackers, '_await', lambda self: None)
-    with_all = fit(config('all', ['tensorboard', 'Slow', 'Leaves'], log_step=2))
+    with_all = fit(config('all', [*there(alone), 'Slow', 'Raises', 'Leaves'], log_step=2))
     Slow.answer.set()
+    for o in [o.thread for o in with_all.recorder.trackers.posts if o.thread]: o.join(60)
+    assert {o.name for o in with_all.recorder.trackers.posts if o.error}=={'Raises', 'Leaves'}
     assert rows(with_all)==rows(with_none)
     for k,v in with_all.model.state_dict().items(): assert torch.equal(v, with_none.model.state_dict()[k])
     assert with_all.folder.status()=='finished'
@@ -311,7 +451,7 @@ def dies(out, folder, env, trackers):
     os.environ.update(env)
     def die(t):
         if t.epoch==3: os.kill(os.getpid(), signal.SIGKILL)
-    fit(config('killed', trackers, 5), Last(die))
+    fit(config('killed', trackers, 5, log_step=2), Last(die))
 
 class Last(Callback):
     after = 'Recorder',
@@ -319,37 +459,71 @@ class Last(Callback):
     def after_epoch(self, trainer): self.fn(trainer)
 
 def test_each_step_is_told_once_after_a_kill(alone):
-    trackers, kinds = [], ('tensorboard', 'wandb', 'mlflow')
-    for o in kinds:
-        try: version(o)
-        except PackageNotFoundError: continue
-        trackers.append(dict(tensorboard='tensorboard', wandb=dict(type='wandb', args=dict(mode='offline')), mlflow=dict(type='mlflow', args=dict(uri=f'sqlite:///{alone}/store.db')))[o])
+    trackers = there(alone)
     if not trackers: library('tensorboard')
     with pytest.raises(EOFError): in_a_child(dies, str(alone), dict(os.environ), trackers)
     exp = Experiment.resume('killed')
     assert len(exp.trainer.history)==2
     exp.fit()
-    n = len(exp.data.train)
-    want = [n*o for o in range(1, 6)]
-    assert [o['step'] for o in tracked_values(exp.folder.path) if 'val_loss' in o]==want
-    if 'tensorboard' in trackers:
-        seen = event_folder(exp.folder.path).Scalars('loss/valid')
-        assert [o.step for o in seen]==want and [o.value for o in seen]==pytest.approx(exp.trainer.history['val_loss'])
-    if any('wandb' in str(o) for o in trackers): assert [o['step'] for p in wandb_files(exp.folder.path) for o in values(p) if 'loss/valid' in o]==want
-    if any('mlflow' in str(o) for o in trackers):
+    n, folder = len(exp.data.train), exp.folder.path
+    epochs, steps = [n*o for o in range(1, 6)], [e*n+s for e in range(5) for s in range(2, n+1, 2)]
+    assert [o['step'] for o in tracked_values(folder) if 'val_loss' in o]==epochs
+    if _has('tensorboard'):
+        seen = event_folder(folder)
+        assert [o.step for o in seen.Scalars('loss/valid')]==epochs and [o.value for o in seen.Scalars('loss/valid')]==pytest.approx(exp.trainer.history['val_loss'])
+        assert [o.step for o in seen.Scalars('loss/step')]==steps
+    if _has('wandb'):
+        rows = [o for p in wandb_files(folder) for o in values(p)]
+        assert [[o['step'] for o in rows if k in o] for k in ('loss/valid', 'loss/step')]==[epochs, steps]
+    if _has('mlflow'):
         c, run = only_run(f'sqlite:///{alone}/store.db')
-        assert [o.step for o in c.get_metric_history(run.info.run_id, 'loss/valid')]==want
+        assert [[o.step for o in c.get_metric_history(run.info.run_id, k)] for k in ('loss/valid', 'loss/step')]==[epochs, steps]
+    left = {o.relative_to(folder).as_posix() for o in folder.rglob('*') if o.is_file()}
+    assert left==set(exp.folder.read()['files']) and (not _has('wandb') or any(o.endswith('.wandb') for o in left))
+
+def test_all_that_was_told_is_out_when_a_run_fails(alone):
+    library('tensorboard')
+    def breaks(t):
+        if t.epoch==2: raise ValueError('in the middle')
+    with pytest.raises(ValueError): fit(config('failed', there(alone)), Last(breaks))
+    folder = alone/'experiments'/'failed'
+    want = [o['step'] for o in tracked_values(folder) if 'val_loss' in o]
+    assert len(want)==2 and [o.step for o in event_folder(folder).Scalars('loss/valid')]==want
+    if _has('wandb'): assert [o['step'] for p in wandb_files(folder) for o in values(p) if 'loss/valid' in o]==want
+    if _has('mlflow'):
+        c, run = only_run(f'sqlite:///{alone}/store.db')
+        assert [o.step for o in c.get_metric_history(run.info.run_id, 'loss/valid')]==want and run.info.status=='FAILED'
+
+QUIET = """
+import threading
+from deep_studio_nb.all import Experiment
+exp = Experiment('config.json')
+exp.fit()
+print('left:', [o.name for o in threading.enumerate() if not o.daemon and o is not threading.main_thread()])
+"""
+
+def test_trackers_keep_quiet_and_tidy(alone):
+    "Nothing is printed by the libraries, nothing lies about, and nobody stays."
+    if len(there(alone))<3: pytest.skip('not all libraries are installed. Run: pip install "deep_studio_nb[track]"')
+    (alone/'config.json').write_text(json.dumps(config('quiet', there(alone)) | dict(trainer=dict(epochs=3, threads=1, monitor='min val_loss'))))
+    env = {k: v for k,v in os.environ.items() if not k.startswith(('WANDB_', 'PYTEST_', 'CI'))}
+    with subprocess.Popen([sys.executable, '-c', QUIET], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as child: said = child.communicate(timeout=300)[0]
+    assert child.returncode==0 and 'left: []' in said
+    for word in ('wandb: ', 'mlflow', 'alembic', 'sqlalchemy', 'Warning', 'Traceback', 'TensorFlow'): assert word not in said.replace('wandb sync', ''), said
+    own = {'config.json', 'data', 'experiments', 'home', 'store.db', 'mlruns'}       # the store was asked for, and keeps its files in `mlruns`
+    assert {o.name for o in alone.iterdir()}<=own
+    assert {o.relative_to(alone/'home').parts[:2] for o in (alone/'home').rglob('*') if o.is_file()}<={('.cache', 'wandb'), ('.cache', 'matplotlib'), ('.config', 'matplotlib')}
+    until = time.monotonic()+30
+    while subprocess.run(['ps', '-s', str(child.pid), '-o', 'pid='], capture_output=True, text=True).stdout.strip(): assert time.monotonic()<until
 
 def on_a_small_disk(out, folder, kinds):
     "Track on a disk of its own, of which others take the rest on the way."
     torch.set_num_threads(1)
-    folder, said, libc = Path(folder), [], ctypes.CDLL(None, use_errno=True)
+    folder, libc = Path(folder), ctypes.CDLL(None, use_errno=True)
     folder.mkdir()
     if libc.unshare(0x00020000) or libc.mount(None, b'/', None, 0x4000 | 0x40000, None): return out.send('no')       # a mount namespace of one's own, seen by nobody else
     if libc.mount(b'none', str(folder).encode(), b'tmpfs', 0, b'size=8m'): return out.send('no')
-    class Heard(logging.Handler):
-        def emit(self, record): said.append(record.getMessage())
-    logging.getLogger('deep_studio_nb.trackers').addHandler(Heard())
+    said = heard()
     run = Trackers([TRACKERS.build(o) for o in kinds], pause=0, patience=20.)
     run.start(folder/'run', {})
     run.log(1, dict(loss=1))
@@ -364,10 +538,11 @@ def on_a_small_disk(out, folder, kinds):
     out.send((said, len(run.alive)))
 
 @pytest.mark.skipif(sys.platform!='linux', reason='namespaces')
-@pytest.mark.parametrize('kind', ['tensorboard', 'mlflow'])
+@pytest.mark.parametrize('kind', ['tensorboard', 'wandb', 'mlflow'])
 def test_a_disk_that_is_really_full(alone, kind):
     library(kind)
-    kinds = [dict(type=kind, args=dict(uri=f'sqlite:///{alone}/disk/store.db'))] if kind=='mlflow' else [kind]
+    args = dict(mlflow=dict(uri=f'sqlite:///{alone}/disk/store.db'), wandb=dict(mode='offline')).get(kind, {})
+    kinds = [dict(type=kind, args=args)]
     res = in_a_child(on_a_small_disk, str(alone/'disk'), kinds)
     if res=='no': pytest.skip('may not mount here')
     said, left = res

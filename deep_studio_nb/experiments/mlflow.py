@@ -12,8 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from fastcore.basics import patch
 from ..common.errors import RunError, need
@@ -58,7 +59,20 @@ def _mlflow() -> ModuleType:
     try: return need('mlflow', 'track')
     finally: del os.environ[_REPORTS]
 
-# %% ../../nbs/50_experiments/51e_mlflow.ipynb #05e7f7e7
+# %% ../../nbs/50_experiments/51e_mlflow.ipynb #246e69f9
+def _make_store(
+    mlflow:ModuleType, # The library
+    uri:str # Of a store or a server
+):
+    "Make a store that is one file, if it is missing, in full or not at all."
+    path = Path(uri.removeprefix('sqlite:///'))
+    if not uri.startswith('sqlite:///') or '?' in uri or path.exists(): return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix='.mlflow-', dir=path.parent, ignore_cleanup_errors=True) as draft:
+        mlflow.MlflowClient(tracking_uri=f'sqlite:///{draft}/new.db').search_experiments(max_results=1)
+        with suppress(OSError): os.link(f'{draft}/new.db', path) # another process was faster, or there are no links here and MLflow makes it itself
+
+# %% ../../nbs/50_experiments/51e_mlflow.ipynb #ed9bc238
 @patch
 def start(self:MLflow, folder:Path, config:dict):
     "Begin a run of MLflow, or go on with the one that the folder knows."
@@ -66,6 +80,7 @@ def start(self:MLflow, folder:Path, config:dict):
     self.where,self.waiting = self.uri or mlflow.get_tracking_uri(),[]
     check_reachable(self.where, self.wait)
     with _quiet():
+        _make_store(mlflow, self.where)
         self.client = mlflow.MlflowClient(tracking_uri=self.where)
         self.run = self._found(Path(folder)) or self._made(Path(folder).name)
     self._settings(flat_config(config))

@@ -14,6 +14,7 @@ import os
 import secrets
 import subprocess
 import sys
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -107,8 +108,13 @@ def _init(self:WandB, wandb:ModuleType, mode:str) -> Any: # A run of W&B
     logs.mkdir(parents=True, exist_ok=True)
     known = getattr(wandb.Settings, 'model_fields', ())
     settings = wandb.Settings(console='off', silent=True, init_timeout=self.wait, symlink=False, **{k: v for k,v in _OFTEN.items() if k in known})
-    return wandb.init(**self.given, name=self.name or self.folder.name, id=self.note['id'], config=self.config, dir=str(logs), mode=mode,
-                      resume='allow', reinit='create_new', settings=settings)
+    begin = lambda: wandb.init(**self.given, name=self.name or self.folder.name, id=self.note['id'], config=self.config, dir=str(logs), mode=mode,
+                               resume='allow', reinit='create_new', settings=settings)
+    try: return begin()
+    except Exception: # each in its own way; W&B's own program may have died in an earlier run of this process
+        if mode=='online': raise
+        with suppress(Exception): wandb.teardown()
+        return begin()
 
 # %% ../../nbs/50_experiments/51d_wandb.ipynb #6ecb212d
 @patch
