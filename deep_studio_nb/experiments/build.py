@@ -11,6 +11,7 @@ from importlib import import_module
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from ..common.arguments import signature_of, split_spec
 from ..common.config import Config
 from ..common.errors import ConfigError
 from ..common.randomness import seeded
@@ -47,13 +48,19 @@ def build_dataset(
     return dataset.with_transforms(build_transforms(lists, dataset.kind)),lists
 
 # %% ../../nbs/50_experiments/52a_build.ipynb #63eb43e6
+def _check_there(cfg:Config, dataset:Dataset|None):
+    "Refuse a config that a run of objects has left, if it does not say where its data comes from."
+    spec = cfg.get('data_loader')
+    needs = spec and signature_of(LOADERS.get(split_spec(spec)[0])).parameters.get('dataset')
+    if not spec or dataset is None and needs and needs.default is needs.empty: raise ConfigError('This config does not say where its data comes from: the run had objects of a notebook, which no config can describe. Give them to `Experiment.from_objects` once more.')
+
 def build_data(
     cfg:Config, # A checked config
     given:tuple[Dataset,dict]|None=None # A dataset and its lists of transforms, instead of those of the config
 ) -> Splits: # Loaders of the splits that there are
     "Make the dataset and the loaders of a config."
-    if not cfg.get('data_loader'): raise ConfigError('This config does not say where its data comes from: the run had objects of a notebook, which no config can describe. Give them to `Experiment.from_objects` once more.')
     dataset,lists = given or build_dataset(cfg)
+    _check_there(cfg, dataset)
     train = cfg.init_data_loader('data_loader', LOADERS, dataset=dataset, facts=dict(seed=cfg['seed']))
     ask = lambda name: getattr(train, name)() if hasattr(train, name) else None
     return Splits(train, ask('split_validation'), ask('split_test'), ask('facts') or {}, lists)

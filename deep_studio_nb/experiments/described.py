@@ -28,7 +28,7 @@ _LOOSE_ENDS = 'training','generator' # attributes that say nothing of how an obj
 def _unlike_items(a, b, where, weights, seen):
     "Compare the items of two mappings; of hooks, only what they call."
     if where.endswith('hooks'): a,b = (dict(enumerate(o.values())) for o in (a,b))
-    if list(a)!=list(b): return where
+    if list(a)!=list(b): return where or 'attributes'
     return next((o for k in a if k not in _LOOSE_ENDS and (o := unlike_at(a[k], b[k], weights, f'{where}.{k}', seen))), None)
 
 def _unlike_tensors(a, b, weights):
@@ -51,7 +51,7 @@ def unlike_at(
     pairs = isinstance(a, (list,tuple)) and isinstance(b, (list,tuple)) # a config has lists only
     if type(a) is not type(b) and not pairs: return where or 'type'
     seen.add((id(a),id(b)))
-    if isinstance(a, Tensor): return where if _unlike_tensors(a, b, weights) else None
+    if isinstance(a, Tensor): return where or 'value' if _unlike_tensors(a, b, weights) else None
     if pairs: a,b = (dict(enumerate(o)) for o in (a,b))
     if isinstance(a, Mapping): return _unlike_items(a, b, where, weights, seen)
     if isinstance(a, MethodType): return unlike_at(a.__func__, b.__func__, weights, where, seen)

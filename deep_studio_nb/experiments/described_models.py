@@ -20,8 +20,9 @@ from ..models.interface import create_model
 
 # %% ../../nbs/50_experiments/53b_described_models.ipynb #bc2cd465
 def _shown(model:nn.Module) -> Counter:
-    "What a network looks like from outside: its layers line by line, and the sizes of its state."
-    return Counter(repr(model).splitlines()) + Counter(f'{k} {tuple(v.shape)}' for k,v in model.state_dict().items())
+    "What a network looks like from outside: its layers line by line, in their places and without them, and the sizes of its state."
+    lines = repr(model).splitlines()
+    return Counter(lines) + Counter(o.partition(': ')[2] for o in lines) + Counter(f'{k} {tuple(v.shape)}' for k,v in model.state_dict().items())
 
 def _apart(a:Counter, b:Counter) -> int:
     "Count in how many lines two networks differ."
@@ -125,5 +126,5 @@ def described_model(
     kind = type(model)
     if not makers and kind.__module__.split('.')[0] not in ('torch','torchvision'): name_of(kind, MODELS)
     _,lost = kept_args(model, kind)
-    if kind in makers and lost: raise ConfigError(f'is a `{kind.__name__}` that does not keep {", ".join(f"`{k}`" for k in lost)}, and no values are found that make one like it. Let the class keep them, as in `self.{next(iter(lost))} = {next(iter(lost))}`, or give `model` as a name with arguments.')
+    if kind in makers and lost: raise ConfigError(f'is a `{kind.__name__}` that does not keep {", ".join(f"`{k}`" for k in lost)}, and no values are found that make one like it; or it was changed after it was made. Let the class keep them, as in `self.{next(iter(lost))} = {next(iter(lost))}`, or give `model` as a name with arguments.')
     raise ConfigError(f'is a `{kind.__name__}` that cannot be made again: it was changed after it was made, or put together in place. Write a function in a cell that makes it, with `@MODELS.register` above it.')

@@ -44,7 +44,7 @@ def draw_scores(
     folder:RunFolder # Gets `figures/confusion.png` and `figures/results.png`
 ):
     "Save the confusion of classes, and samples beside what the model said."
-    if ev.is_classes and len(ev.classes)<=60: save_picture(show_confusion(ev), folder.file('figures','confusion.png'))
+    if ev.is_classes and ev.classes and len(ev.classes)<=60: save_picture(show_confusion(ev), folder.file('figures','confusion.png'))
     if shows_pictures(data): save_picture(show_results(ev, data.named(ev.split, ev.ids)), folder.file('figures','results.png'))
 
 # %% ../../nbs/50_experiments/52f_scoring.ipynb #4b69fef3
