@@ -54,8 +54,14 @@ class Recorder(Callback):
         pause:float=10. # Seconds between two drawings of the curve, at least
     ):
         self.folder,self.trackers,self.pause = folder,trackers,pause
-        self.every,self.owed,self.looked = 0,False,False
+        self.every,self.owed,self.looked,self.listed = 0,False,False,False
         self.writing,self.drawing = Ration(),Ration(pause=pause)
+
+    def before_epoch(self, trainer):
+        "List the first checkpoint as soon as it is there, for a run that is killed lists nothing; later ones come with the table."
+        if self.listed or not (self.folder.path/'checkpoints'/'last.pt').exists(): return
+        with trainer.saver.guarding(): self.folder.record_files('checkpoints/*.pt')
+        self.listed = True
 
     def after_epoch(self, trainer):
         "Tell the trackers; write the files if it is time."
