@@ -7,6 +7,8 @@ __all__ = ['rank_surroundings', 'run_ranks']
 
 # %% ../../nbs/50_experiments/58f_ray_ranks.ipynb #3c8605c4
 import os, signal, sys, time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from ..common.errors import ConfigError, RunError
 from ..common.processes import launched
@@ -37,15 +39,21 @@ def _reserve(ray:Any, nproc:int, cores:int, gpus:int)->Any: # A placement group
         if has.get(what, 0)<each*nproc: raise RunError(f'{nproc} processes that train together need {each*nproc} {what}s at once, and the cluster has {has.get(what, 0):g}. Ask for fewer with `--nproc`' + (', or train on the CPU with `--device cpu`.' if what=='GPU' else '.'))
     group = ray.util.placement_group([dict(CPU=cores) | (dict(GPU=gpus) if gpus else {})]*nproc, strategy='PACK')
     ready = group.ready()
-    for n in range(1<<30):
-        if ray.wait([ready], timeout=1.)[0]: return group
-        if n==5: print('All are busy; the run begins when there is room.', flush=True)
+    try:
+        if not ray.wait([ready], timeout=5.)[0]: print('All are busy; the run begins when there is room.', flush=True)
+        while not ray.wait([ready], timeout=1.)[0]: continue
+    except BaseException:
+        ray.util.remove_placement_group(group)
+        raise
+    return group
 
-def _hands(ray:Any, nproc:int, share:tuple[int,int])->list:
-    "Hire a hand for each process."
+@contextmanager
+def _hands(ray:Any, nproc:int, share:tuple[int,int])->Iterator[list]:
+    "Hire a hand for each process, and let go of all at the end, and of what was reserved."
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
     group = _reserve(ray, nproc, *share)
-    return [hire(ray, *share, scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)) for i in range(nproc)]
+    try: yield [hire(ray, *share, scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)) for i in range(nproc)]
+    finally: ray.util.remove_placement_group(group) # ends whoever is in it
 
 # %% ../../nbs/50_experiments/58f_ray_ranks.ipynb #ea8af89f
 _RANK = 'from deep_studio_nb.experiments.jobs import end_with_pipe; end_with_pipe(); from deep_studio_nb.cli import main; main()'
@@ -111,13 +119,11 @@ def run_ranks(
     with ray_connected(on) as ray:
         cores,gpus = cluster_share(ray, nproc)
         share = cores,0 if '--device=cpu' in words or ('--device','cpu') in zip(words, words[1:]) else gpus
-        ranks = _Ranks(ray, _hands(ray, nproc, share))
-        try:
+        with _hands(ray, nproc, share) as hands:
+            ranks = _Ranks(ray, hands)
             ranks.begin(words, share)
             try: ranks.wait()
             except KeyboardInterrupt:
                 ranks.stop()
                 ranks.wait()
-        finally:
-            for o in ranks.hands: ray.kill(o)
     return _tell_codes(ranks.codes)
