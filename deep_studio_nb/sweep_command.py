@@ -16,6 +16,7 @@ def sweep_command(
     trials:int=typer.Option(None, '--trials', min=1, help='Trials in all, those of earlier calls included.'),
     minutes:float=typer.Option(None, '--minutes', help='No trial begins later than so many minutes from now.'),
     jobs:int=typer.Option(1, '-j', '--jobs', min=1, metavar='N', help='Try out so many at a time, each in a process of its own.'),
+    on:str=typer.Option(None, '--on', metavar='ray[://ADDRESS]', help='Try out on a Ray cluster instead of this machine.'),
     name:str=typer.Option(None, '--name', help="Name of the sweep and its folder; the config's with -sweep when it is left out."),
     storage:str=typer.Option(None, '--storage', metavar='FILE|URL', help='Where trials are kept: a file, or a database that machines share, e.g. postgresql://user:password@host/name.'),
     seed:int=typer.Option(None, '--seed', help="All suggestions follow from it; the config's when it is left out."),
@@ -28,7 +29,7 @@ def sweep_command(
     Given again, the same command goes on. For example: deep-studio sweep configs/quickstart.yaml configs/sweep.yaml --trials 20"""
     from deep_studio_nb.experiments.sweeps import sweep
     given = [*(changes or ()), *([f'device={device}'] if device else [])]
-    found = sweep(config, space, *given, trials=trials, minutes=minutes, jobs=jobs, name=name, storage=storage, seed=seed, sampler=sampler, pruner=pruner)
+    found = sweep(config, space, *given, trials=trials, minutes=minutes, jobs=jobs, on=on, name=name, storage=storage, seed=seed, sampler=sampler, pruner=pruner)
     print(found.summary())
     if found.stopped: print('Stopped; nothing is lost. The same command goes on.')
     return 130 if found.stopped else 0
