@@ -13,7 +13,6 @@ from deep_studio_nb.experiments.launch import run_workers
 from deep_studio_nb.experiments.on_ray import check_answers, ray_connected
 from deep_studio_nb.experiments.ray_ranks import run_ranks
 from deep_studio_nb.experiments.run_folder import RunFolder
-from deep_studio_nb.experiments.storage import open_storage
 from deep_studio_nb.experiments.sweeps import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -148,9 +147,9 @@ def test_a_killed_one_goes_on(cluster, place, which):
     assert Path('a.txt').read_text().split()==[str(i) for i in range(40)]
 
 def test_a_machine_with_other_files(cluster, place, monkeypatch):
-    monkeypatch.setattr('os.getcwd', lambda: '/home/me/gone')
+    monkeypatch.setattr('os.getcwd', lambda: '/gone/here')
     ended = run_jobs([job('a', 'count', name='a', to=1)], on='ray')[0]
-    assert ended.code==1 and f'`/home/me/gone` is not there on `{socket.gethostname()}`' in ended.error
+    assert ended.code==1 and f'`/gone/here` is not there on `{socket.gethostname()}`' in ended.error
 
 PARENT = '''
 import sys

@@ -88,13 +88,14 @@ def launch(
     nproc:int=2, # How many processes; on GPUs one for each
     name:str|None=None, # Name of the run folder, instead of the config's
     device:str|None=None, # auto, cpu, cuda, instead of the config's
-    resume:str|Path|None=None # A run or a checkpoint to go on from, or "auto"
+    resume:str|Path|None=None, # A run or a checkpoint to go on from, or "auto"
+    on:str|None=None # Where the processes are: this machine, or a cluster, e.g. `ray` or `ray://HOST:10001`
 )->History: # One row an epoch; best of them marked
-    "Train what a config describes in several processes of this machine."
+    "Train what a config describes in several processes, of this machine or of a cluster."
     _check_number(nproc)
-    with TemporaryDirectory(prefix="deep_studio_nb-") as folder:
+    with TemporaryDirectory(prefix=".deep_studio_nb-", dir=on and Path.cwd()) as folder: # a cluster sees the folder one works in
         told = Path(folder)/"folder.txt"
-        more = [o for k,v in dict(name=name, device=device, resume=resume).items() if v is not None for o in (f"--{k}", str(v))]
+        more = [o for k,v in dict(name=name, device=device, resume=resume, on=on).items() if v is not None for o in (f"--{k}", str(v))]
         code,said = _listened([sys.executable, "-c", _PROGRAM, "train", *_written(config, overrides, folder), *more, "--nproc", str(nproc), "--told", str(told)])
         if code not in (0,130) or not told.exists(): raise RunError(f"The run in {nproc} processes failed: {said.removeprefix('Error: ')}")
         run = RunFolder(told.read_text(encoding="utf-8"))
