@@ -78,6 +78,7 @@ def train(
     name:str=typer.Option(None, '--name', help="Name of the run folder, instead of the config's."),
     device:str=typer.Option(None, '-d', '--device', metavar='auto|cpu|cuda', help='Where to train; auto takes the first GPU there is.'),
     nproc:int=typer.Option(None, '-n', '--nproc', min=1, metavar='N', help='Train in so many processes of this machine together: one a GPU, or several on the CPU.'),
+    on:str=typer.Option(None, '--on', metavar='ray[://ADDRESS]', help='Where these processes are: on a Ray cluster instead of this machine.'),
     trust_code:bool=typer.Option(False, '--trust-code', help='Run the code that a run has kept of its notebook.'),
     told:str=typer.Option(None, '--told', hidden=True),
 ):
@@ -86,7 +87,7 @@ def train(
     For example: deep-studio train configs/quickstart.yaml trainer.epochs=3"""
     config,overrides = config_and_overrides(words or [], config)
     if resume in (None,'auto') and config is None: raise typer.BadParameter('What should be trained? Give a config, e.g. configs/quickstart.yaml, or --resume RUN.')
-    if nproc is not None and nproc>1: return _in_processes(nproc, config, overrides, resume=resume, name=name, device=device, told=told, trust_code=trust_code)
+    if on or (nproc or 1)>1: return _in_processes(nproc or 1, on, config, overrides, resume=resume, name=name, device=device, told=told, trust_code=trust_code)
     from deep_studio_nb.experiments.experiment import Experiment
     given = dict(name=name, device=device, trust_code=trust_code)
     if resume in (None,'auto'): exp = (Experiment.auto if resume else Experiment)(config, *overrides, **given)
@@ -102,10 +103,14 @@ def _leave(exp, told): # the first of several processes speaks for all
         if told and exp.folder: Path(told).write_text(str(exp.folder.path.resolve()), encoding='utf-8')
     end()
 
-def _in_processes(nproc, config, overrides, trust_code, **options): # the same command, several times
-    from deep_studio_nb.experiments.launch import run_workers
+def _in_processes(nproc, on, config, overrides, trust_code, **options): # the same command, several times
     words = ['train', *[config]*(config is not None), *overrides, *['--trust-code']*trust_code, *(w for k,v in options.items() if v is not None for w in (f'--{k}', v))]
-    return run_workers([*words, *['--debug']*('--debug' in sys.argv)], nproc)
+    words += ['--debug']*('--debug' in sys.argv)
+    if on:
+        from deep_studio_nb.experiments.ray_ranks import run_ranks
+        return run_ranks(words, nproc, on)
+    from deep_studio_nb.experiments.launch import run_workers
+    return run_workers(words, nproc)
 
 # %% ../nbs/80_front/81_cli.ipynb #6965f185
 app.command('eval')(evaluate_run)
