@@ -101,11 +101,9 @@ def ray_connected(
         try: yield ray
         finally: ray.shutdown()
 
-# %% ../../nbs/50_experiments/58a_on_ray.ipynb #499048c2
-class RayHand:
-    "Look after a process on a machine of the cluster."
-    def __init__(self): self.process,self.at,self.lock = None,0,None
-
+# %% ../../nbs/50_experiments/58a_on_ray.ipynb #77e22f03
+class _Machine:
+    "Tell what a machine of the cluster is."
     def tell(self,
         files:list[str] # Paths that should be there
     )->dict: # `host`, `node`, `ip`, `gpus`, and `missing`
@@ -118,6 +116,11 @@ class RayHand:
         with socket.socket() as o:
             o.bind(('', 0))
             return o.getsockname()[1]
+
+# %% ../../nbs/50_experiments/58a_on_ray.ipynb #7711285c
+class RayHand(_Machine):
+    "Look after a process on a machine of the cluster."
+    def __init__(self): self.process,self.at,self.lock = None,0,None
 
     def _alone(self, key:str, seconds:float):
         "Wait until no other life of the same job is on this machine."
@@ -198,13 +201,14 @@ def hire(
     try: return ray.remote(RayHand).options(num_cpus=cores, num_gpus=gpus, max_concurrency=4, max_restarts=0, **options).remote()
     finally: ray.cloudpickle.unregister_pickle_by_value(module)
 
-# %% ../../nbs/50_experiments/58a_on_ray.ipynb #77631acb
+# %% ../../nbs/50_experiments/58a_on_ray.ipynb #8b474722
 def not_shared(
     told:dict # From `RayHand.tell`
 )->str:
     "Say that a machine does not see the files of this one, and what to do."
     return f'`{told["missing"][0]}` is not there on `{told["host"]}`. The machines of a cluster must see the same files: work in a folder that all of them share, at the same path (NFS, for example).'
 
+# %% ../../nbs/50_experiments/58a_on_ray.ipynb #fe5fa1e5
 class RayProcess:
     "Do a job in a process of a cluster."
     def __init__(self,
