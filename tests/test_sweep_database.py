@@ -1,5 +1,5 @@
 """A sweep whose trials are kept by a real PostgreSQL: shared by processes, the same as in a file, and gone on with after the server was away."""
-import os, shutil, signal, socket, subprocess
+import os, shutil, socket, subprocess
 from pathlib import Path
 import pytest
 
