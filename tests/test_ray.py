@@ -63,7 +63,7 @@ CONFIG = dict(name='dots', seed=0, imports=['ray_parts'], dataset='RayDots', dat
 @pytest.fixture(scope='module')
 def cluster():
     "A Ray of two cores with a token of its own, and its address."
-    token = {} if 'RAY_ADDRESS' in os.environ else dict(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(32))
+    token = {} if 'RAY_ADDRESS' in os.environ else dict(RAY_AUTH_TOKEN=secrets.token_hex(32))
     with mock.patch.dict('os.environ', token), mock.patch('deep_studio_nb.data.workers.usable_cores', lambda: 2), ray_connected('ray'): yield ray.get_runtime_context().gcs_address
     assert not ray.is_initialized()
 
@@ -227,6 +227,7 @@ def ranks_of(folder):
         if cwd==str(folder) and b'train' in words: res |= {int(e[5:]): int(o.name) for e in env if e.startswith(b'RANK=')}
     return res
 
+@pytest.mark.slow
 def test_a_rank_is_killed(cluster, place):
     "All end with an error that says so; the same command goes on."
     first = driver(RANKS, f'ray:{cluster}')
