@@ -60,19 +60,26 @@ def _wait_for_end():
     "Wait until the other end of the pipe is gone, then press Ctrl-C."
     while os.read(0, 1<<16): continue
     os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(20): # Ctrl-C just before a process goes to sleep is only heard when it wakes up
+        time.sleep(0.5)
+        if os.name=='posix': os.kill(os.getpid(), signal.SIGURG)
 
 def end_with_pipe():
     "Stop this process as at Ctrl-C when the other end of its standard input is gone."
-    if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}) # some of those that start processes keep Ctrl-C from them
-    signal.signal(signal.SIGINT, signal.default_int_handler) # as does a shell, in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler) # a shell in the background has its children ignore it
+    if os.name=='posix':
+        signal.signal(signal.SIGURG, lambda *_: None) # wakes the process up, and no more
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGURG}) # the thread does not hear it
     threading.Thread(target=_wait_for_end, daemon=True).start()
+    if os.name=='posix': signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGURG}) # some who start processes keep Ctrl-C from them
 
 def work_as_child():
     "Do the job that comes through the standard input, as a process that somebody started for it; exit with what `call_job` returns."
     job = _read_job()
-    end_with_pipe()
-    try: code = call_job(**job)
-    except KeyboardInterrupt: code = 130 # a second time
+    try:
+        end_with_pipe()
+        code = call_job(**job)
+    except KeyboardInterrupt: code = 130 # before it began, or a second time
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code) # without waiting for the thread

@@ -56,7 +56,7 @@ def _hands(ray:Any, nproc:int, share:tuple[int,int])->Iterator[list]:
     finally: ray.util.remove_placement_group(group) # ends whoever is in it
 
 # %% ../../nbs/50_experiments/58f_ray_ranks.ipynb #ea8af89f
-_RANK = 'from deep_studio_nb.experiments.jobs import end_with_pipe; end_with_pipe(); from deep_studio_nb.cli import main; main()'
+_RANK = 'from deep_studio_nb.cli import main; from deep_studio_nb.experiments.jobs import end_with_pipe; end_with_pipe(); main()'
 _PATIENCE = 60. # seconds that the others may take to end
 
 class _Ranks:
@@ -86,7 +86,7 @@ class _Ranks:
             sys.stdout.flush()
             if code is None: self.refs[i] = self.hands[i].look.remote(1.)
             else: del self.refs[i]
-            if code is not None: self.codes[self.ranks[i]] = code
+            if code is not None: self.codes[self.ranks[i]] = 130 if code==-signal.SIGINT else code # before it began
 
     def stop(self):
         "Have all end soon, as at Ctrl-C; a second time, at once."
