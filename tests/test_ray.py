@@ -9,6 +9,7 @@ optuna = pytest.importorskip('optuna')
 
 from deep_studio_nb.common.errors import ConfigError, MissingLibrary, RunError
 from deep_studio_nb.experiments.jobs import Job, run_jobs
+from deep_studio_nb.experiments.kfold import kfold
 from deep_studio_nb.experiments.launch import run_workers
 from deep_studio_nb.experiments.on_ray import check_answers, ray_connected
 from deep_studio_nb.experiments.ray_ranks import run_ranks
@@ -200,6 +201,12 @@ def test_a_worker_is_killed_in_a_trial(cluster, place):
     found = Sweep('dots.json', SPACE, 'trainer.epochs=60', name='killed', sampler='random', pruner='none').run(3, jobs=2, view=View(), on='ray')
     assert killed
     assert facts(found)==facts(whole)
+
+# --- folds ---
+
+def test_folds_are_the_same(cluster, place):
+    here, there = (kfold('dots.json', folds=2, name=name, on=on) for name,on in (('here', None), ('there', 'ray')))
+    assert (here.folder/'out_of_fold.csv').read_text()==(there.folder/'out_of_fold.csv').read_text()
 
 # --- training together ---
 
