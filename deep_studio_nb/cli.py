@@ -77,7 +77,7 @@ def train(
     resume:str=typer.Option(None, '-r', '--resume', metavar='RUN|CHECKPOINT|auto', help='Go on with a run, or from one of its checkpoints; auto finds the unfinished run of this config, or begins one.'),
     name:str=typer.Option(None, '--name', help="Name of the run folder, instead of the config's."),
     device:str=typer.Option(None, '-d', '--device', metavar='auto|cpu|cuda', help='Where to train; auto takes the first GPU there is.'),
-    nproc:int=typer.Option(None, '-n', '--nproc', min=1, metavar='N', help='Train in so many processes of this machine together: one a GPU, or several on the CPU.'),
+    nproc:int=typer.Option(None, '-n', '--nproc', min=1, metavar='N', help='Train in so many processes together: one a GPU, or several on the CPU.'),
     on:str=typer.Option(None, '--on', metavar='ray[://ADDRESS]', help='Where these processes are: on a Ray cluster instead of this machine.'),
     trust_code:bool=typer.Option(False, '--trust-code', help='Run the code that a run has kept of its notebook.'),
     told:str=typer.Option(None, '--told', hidden=True),
@@ -138,9 +138,10 @@ def choose(
     top:int=typer.Option(10, min=1, help='How many are scored again, the best by their records.'),
     level:float=typer.Option(0.95, min=0.5, max=0.9999, help='Confidence of intervals and verdicts.'),
     device:str=typer.Option('auto', '-d', '--device', metavar='auto|cpu|cuda'),
+    trust_code:bool=typer.Option(False, '--trust-code', help='Run the code that runs have kept of their notebooks.'),
 ):
     """Copy the best model of all runs to checkpoints/.
 
     The candidates are scored again on the same samples. The winner is named, with how far it is ahead of each of the others and whether that is evidence; a record of it all lies beside final_model.pt."""
     from deep_studio_nb.experiments.select import select_best
-    print(select_best(runs or None, monitor, save_dir, to, rescore, top, level, device))
+    print(select_best(runs or None, monitor, save_dir, to, rescore, top, level, device, trust_code=trust_code))

@@ -62,17 +62,17 @@ def _candidates(folders, name):
     return found,left
 
 # %% ../../nbs/50_experiments/57g_select.ipynb #5869fdb1
-def _score(candidate, name, device):
+def _score(candidate, name, loading):
     "Score the best weights of a run, sample by sample."
     split,metric = measured_on(name)
-    return load_trained(candidate.run.path, device=device).scores(metric, split)
+    return load_trained(candidate.run.path, **loading).scores(metric, split)
 
-def _rescored(found, name, device, labels):
+def _rescored(found, name, loading, labels):
     "Score candidates again; those that can be, and why the others cannot."
     there,left = [],{}
     for o in found:
         label = labels[o.run.path]
-        try: o.scored = _score(o, name, device)
+        try: o.scored = _score(o, name, loading)
         except Exception as e: left[label] = f'it cannot be scored again: {e if isinstance(e, StudioError) else f"{type(e).__name__}: {e}"}'; continue # whatever its own code raises
         if math.isfinite(o.scored.value): there.append(o)
         else: left[label] = f'its `{name}` is {o.scored.value}'
@@ -105,10 +105,10 @@ def _place(run, to, why):
 # %% ../../nbs/50_experiments/57g_select.ipynb #de920470
 _UNSCORED = 'The candidates were not scored again, so nobody knows how sure this is.'
 
-def _chosen(found, watch, top, level, device, seed):
+def _chosen(found, watch, top, level, loading, seed):
     "Score candidates again and rank them: all of them, the lead of the first, notes, and who fell out."
     labels,others = {o.run.path: run_label(o.run, [c.run for c in found]) for o in found},len(found)-1
-    there,left = _rescored(found[:top], watch.name, device, labels)
+    there,left = _rescored(found[:top], watch.name, loading, labels)
     if not there: raise RunError('No candidate can be scored again, so they cannot be compared on the same samples.\n' + '\n'.join(f'  {k}: {v}' for k,v in left.items()) + '\nTo choose by what the manifests say, leave the scoring out with --no-rescore.')
     there,lead = compared(there, watch, level, others, seed)
     behind = found[top:] if top else []
@@ -124,7 +124,8 @@ def select_best(
     top:int|None=10, # How many are scored again, the best by their records; None for all
     level:float=0.95, # Confidence of intervals and verdicts, 0 to 1
     device:str='auto', # Where to score: auto, cpu, cuda ...
-    seed:int=0 # Of the draws
+    seed:int=0, # Of the draws
+    trust_code:bool=False # Whether code that runs have kept of their notebooks may be run
 ) -> Choice: # The winner and why
     "Copy the best model among runs to `to`, with a record of why it is the best."
     folders = _folders(which, save_dir)
@@ -135,7 +136,7 @@ def select_best(
     check_comparable([o.run for o in found], watch.name)
     _replaceable(Path(to))
     found = sorted(found, key=lambda o: o.value, reverse=watch.mode=='max')
-    ranked,lead,notes,fell = _chosen(found, watch, top, level, device, seed) if rescore else (found,[],[_UNSCORED],{})
+    ranked,lead,notes,fell = _chosen(found, watch, top, level, dict(device=device, trust_code=trust_code), seed) if rescore else (found,[],[_UNSCORED],{})
     choice = Choice(ranked[0], ranked, left|fell, watch, Path(to), lead, notes, level)
     _place(choice.winner.run, choice.path, choice.record())
     return choice
