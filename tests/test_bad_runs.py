@@ -260,7 +260,7 @@ def test_what_a_killed_run_leaves_is_its_own_as_well(here, digits, capsys):
 
 RACE = '''
 import sys
-from deep_studio_nb.experiments.run_folder import RunFolder
+from deep_studio_nb.experiments.run_folder import RunFolder, this_process
 print('ready', flush=True)
 sys.stdin.readline()
 for i in range(20):

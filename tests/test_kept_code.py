@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deep_studio_nb.common.errors import ConfigError, RunError
-from deep_studio_nb.common.registry import MODELS
+from deep_studio_nb.common.registry import MODELS, REGISTRIES
 from deep_studio_nb.experiments.run_folder import RunFolder
 from deep_studio_nb.experiments.trained import load_trained
 from deep_studio_nb.training.checkpoints import load_checkpoint
@@ -67,6 +67,13 @@ def notebook(here, *cells):
 
 def process(code, *words, cwd):
     return subprocess.run([sys.executable, '-c', code, *map(str, words)], cwd=cwd, env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def names_as_before(monkeypatch):
+    "What a test registers in this process is gone after it."
+    for o in REGISTRIES.values():
+        for kept in ('_parts', '_homes'): monkeypatch.setattr(o, kept, dict(getattr(o, kept)))
 
 
 @pytest.fixture(scope='module')
@@ -147,7 +154,7 @@ def test_a_folder_that_was_moved_and_renamed_brings_its_code_along(here, tmp_pat
     there = tmp_path/'다른 곳'
     there.mkdir()
     shutil.move('experiments/cut', there/'renamed run')
-    done = process('import sys\n'+RESUME, there/'renamed run', cwd=there)
+    done = process('import sys\nfrom deep_studio_nb.experiments.experiment import Experiment\n'+RESUME, there/'renamed run', cwd=there)
     assert done.returncode == 0, done.stderr
     assert same(weights(there/'renamed run'), weights('experiments/points'))
 

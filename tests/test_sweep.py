@@ -8,6 +8,7 @@ optuna = pytest.importorskip('optuna')
 
 from deep_studio_nb.common.errors import ConfigError, RunError
 from deep_studio_nb.common.registry import CALLBACKS
+from deep_studio_nb.experiments.build import learn_names
 from deep_studio_nb.experiments.runs import runs
 from deep_studio_nb.experiments.space import read_space
 from deep_studio_nb.experiments.storage import open_storage
@@ -233,6 +234,12 @@ def test_a_space_that_does_not_fit(place, key, values, words):
     with pytest.raises(ConfigError) as e: sweep('dots.json', {key: values}, trials=1)
     assert words in str(e.value) and key in str(e.value)
     assert not Path('experiments').exists()
+
+def test_the_ready_space_fits_its_config():
+    learn_names()
+    space = read_space(ROOT/'configs'/'sweep.yaml')
+    check_space(space, Variants(ROOT/'configs'/'quickstart.yaml'))
+    assert len(list(space))==4
 
 def test_a_space_in_a_file_knows_its_lines(place):
     Path('space.yaml').write_text('arch.args.hidden: [[4], [8]]\noptimizer.args.lrr: {log: [1e-3, 1]}\n')

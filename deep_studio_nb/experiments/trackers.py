@@ -124,15 +124,17 @@ def work(self:_Post):
 def carry(self:_Post) -> bool: # Whether that was the last
     "Hand over all messages that wait."
     asked,method = [],''
-    while self.mail and method!='finish':
-        method,args = self.mail.popleft()
-        if method is None: asked.append(args[0])
-        elif method=='start': self.begin(*args)
-        elif method=='log': self.tell(*args)
-        else: getattr(self.tracker, method)(*args)
-    if method!='finish': self.tracker.flush()
-    self.keep_note()
-    for o in asked: o.set()
+    try:
+        while self.mail and method!='finish':
+            method,args = self.mail.popleft()
+            if method is None: asked.append(args[0])
+            elif method=='start': self.begin(*args)
+            elif method=='log': self.tell(*args)
+            else: getattr(self.tracker, method)(*args)
+        if method!='finish': self.tracker.flush()
+        self.keep_note()
+    finally: # nobody waits for a tracker that has failed
+        for o in asked: o.set()
     return method=='finish'
 
 # %% ../../nbs/50_experiments/51b_trackers.ipynb #a6391f07

@@ -88,7 +88,8 @@ def verify_resume(
     began,(cfg,task) = perf_counter(),_planned(config, overrides, batches)
     fresh = not _only_here(cfg) if fresh is None else fresh
     with tempfile.TemporaryDirectory(prefix='verify-resume-') as d: trials = _tried(task, Path(d), fresh, batches//2)
-    found,lost = next((o for t in trials if (o := list(t.differences()))), []),list(forgotten(trials))
-    if found: found,lost = lost+found,[]   # what was forgotten is the likely cause
+    odd,lost = next((t for t in trials if any(t.differences())), None),list(forgotten(trials))
+    found = list(odd.differences()) if odd else []
+    if odd: found,lost = (lost+found if odd.after else found),[]   # after a stop, what was forgotten is the likely cause
     compared = parts_at(trials[0].saved | trials[-1].pair('state')[0]) + ['augmentation','loss of each step']
     return ResumeReport(cfg['name'], found, lost, list(dict.fromkeys(compared)), fresh, perf_counter()-began)
