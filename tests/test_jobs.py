@@ -1,7 +1,8 @@
 """Jobs in processes of their own: killed ones go on, Ctrl-C stops all, and none outlives its parent."""
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys
 from pathlib import Path
 import pytest
+from waiting import wait_for
 from deep_studio_nb.common.errors import ConfigError, RunError
 from deep_studio_nb.experiments.jobs import Job, run_jobs
 
@@ -56,14 +57,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 def job(label, function, **args): return Job(f'chores:{function}', args, Path(f'logs/{label}.log'), label)
-
-def wait_for(what, seconds=90):
-    "Look again and again until it is so."
-    until = time.monotonic()+seconds
-    while not (found := what()):
-        assert time.monotonic()<until, 'it does not come'
-        time.sleep(0.05)
-    return found
 
 def pid_of(name):
     "The process that has written its number, once it has."
