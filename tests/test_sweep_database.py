@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip('optuna')
-pytest.importorskip('psycopg2', reason='pip install psycopg2-binary')
+pytest.importorskip('psycopg', reason='pip install "psycopg[binary]"')
 from test_sweep import TRIALS, facts, place, search  # noqa: F401 (a fixture)
 from deep_studio_nb.common.errors import RunError
 from deep_studio_nb.training.trainer import Trainer

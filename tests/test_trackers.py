@@ -2,11 +2,11 @@
 
 A library that is not installed skips its tests and says which extra installs it.
 """
-import ctypes, errno, json, logging, os, signal, socket, subprocess, sys, threading, time
+import ctypes, errno, json, logging, os, signal, socket, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-import pytest, torch
+import psutil, pytest, torch
 from PIL import Image
 from torch import nn
 from deep_studio_nb.common.registry import TRACKERS
@@ -16,6 +16,7 @@ from deep_studio_nb.experiments.local_values import tracked_values
 from deep_studio_nb.experiments.trackers import Tracker, Trackers
 from deep_studio_nb.training.events import Callback
 from training_kills import in_a_child
+from waiting import wait_for
 
 def library(name):
     "Skip unless the library is there."
@@ -172,10 +173,9 @@ def test_what_the_program_of_wandb_loses_with_a_kill_is_told_again(alone):
     calls = [o['item']['_step'] for p in wandb_files(alone/'run') for o in records(p, 'history')]
     assert calls==sorted(set(calls))
 
-def children():
-    "Process numbers of this process's children, by what they were started with."
-    lines = subprocess.run(['ps', '-eo', 'pid=,ppid=,args='], capture_output=True, text=True, check=True).stdout.splitlines()
-    return {int(pid): args for pid,parent,args in (o.split(None, 2) for o in lines) if int(parent)==os.getpid()}
+def programs(name):
+    "The processes that this one has started with `name` among their words."
+    return [o for o in psutil.Process().children() if any(name in w for w in o.cmdline())]
 
 def dies_in_the_middle(out, folder, env):
     "Track with W&B, whose program is killed; then track another run."
@@ -183,7 +183,7 @@ def dies_in_the_middle(out, folder, env):
     os.environ.update(env)
     lines, tracker = heard(), dict(type='wandb', args=dict(mode='offline'))
     run = track(Path(folder)/'run', TRACKERS.build(tracker), [10], status=None)
-    for pid in [k for k,v in children().items() if 'wandb-core' in v]: os.kill(pid, signal.SIGKILL)
+    for o in programs('wandb-core'): o.kill()
     for step in range(20, 60, 10):
         run.log(step, dict(loss=1))
         run.flush()
@@ -302,8 +302,8 @@ tracker.start(Path('first'), {})
 def test_a_kill_while_mlflow_makes_its_store_leaves_no_half_of_it(alone):
     library('mlflow')
     with subprocess.Popen([sys.executable, '-c', MAKES]) as child:
-        until = time.monotonic()+120
-        while not any(o.stat().st_size for o in alone.glob('.mlflow-*/new.db')): assert time.monotonic()<until and child.poll() is None
+        wait_for(lambda: child.poll() is not None or any(o.stat().st_size for o in alone.glob('.mlflow-*/new.db')))
+        assert child.poll() is None
         child.kill()
     assert not (alone/'store.db').exists()
     track(alone/'second', TRACKERS.build(dict(type='mlflow', args=dict(uri='sqlite:///store.db'))), [10])
@@ -498,6 +498,11 @@ exp.fit()
 print('left:', [o.name for o in threading.enumerate() if not o.daemon and o is not threading.main_thread()])
 """
 
+def session(pid):
+    "The session that a process belongs to; None if it has ended."
+    try: return os.getsid(pid)
+    except ProcessLookupError: return None
+
 def test_trackers_keep_quiet_and_tidy(alone):
     "Nothing is printed by the libraries, nothing lies about, and nobody stays."
     if len(there(alone))<3: pytest.skip('not all libraries are installed. Run: pip install "deep_studio_nb[track]"')
@@ -509,8 +514,7 @@ def test_trackers_keep_quiet_and_tidy(alone):
     own = {'config.json', 'data', 'experiments', 'home', 'store.db', 'mlruns'}       # the store was asked for, and keeps its files in `mlruns`
     assert {o.name for o in alone.iterdir()}<=own
     assert {o.relative_to(alone/'home').parts[:2] for o in (alone/'home').rglob('*') if o.is_file()}<={('.cache', 'wandb'), ('.cache', 'matplotlib'), ('.config', 'matplotlib')}
-    until = time.monotonic()+30
-    while subprocess.run(['ps', '-s', str(child.pid), '-o', 'pid='], capture_output=True, text=True).stdout.strip(): assert time.monotonic()<until
+    wait_for(lambda: not [o for o in psutil.pids() if session(o)==child.pid])
 
 def on_a_small_disk(out, folder, kinds):
     "Track on a disk of its own, of which others take the rest on the way."

@@ -9,6 +9,7 @@ __all__ = ['FileTurn', 'JournalTurn', 'open_storage', 'is_away', 'storage_watche
 import os, socket, sys, threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from fastcore.basics import patch
@@ -67,9 +68,8 @@ def _journal(path:Path)->Any:
     except OSError as e: raise RunError(f'`{path}` cannot be opened: {e.strerror}. Choose another place with --storage.') from e
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise RunError(f'`{path}` is no journal of a sweep. Name another file with --storage.') from e
 
-# %% ../../nbs/50_experiments/59d_storage.ipynb #4e0b8574
+# %% ../../nbs/50_experiments/59d_storage.ipynb #aa4a44d0
 _PORTS = dict(postgresql=5432, mysql=3306, mariadb=3306, oracle=1521, mssql=1433)
-_DRIVERS = dict(psycopg2='psycopg2-binary', MySQLdb='mysqlclient')
 
 def _ring(url:Any, seconds:float):
     "See whether anybody takes the call."
@@ -93,7 +93,17 @@ def _within(seconds:float, make:Callable[[],Any], what:str)->Any:
     if 'error' in found: raise found['error']
     return found['made']
 
-# %% ../../nbs/50_experiments/59d_storage.ipynb #9c619f20
+# %% ../../nbs/50_experiments/59d_storage.ipynb #b4abca08
+_DRIVERS = dict(postgresql=dict(psycopg2='psycopg2-binary', psycopg='psycopg[binary]'), mysql=dict(MySQLdb='mysqlclient', pymysql='pymysql'))
+_PACKAGES = {k: v for o in _DRIVERS.values() for k,v in o.items()}
+
+def _driven(text:str)->str: # A URL
+    "Name the driver that is installed, where a URL names none."
+    kind,rest = text.split('://', 1)
+    found = [o for o in _DRIVERS.get(kind, ()) if find_spec(o)]
+    return f'{kind}+{found[0].lower()}://{rest}' if found else text
+
+# %% ../../nbs/50_experiments/59d_storage.ipynb #528b1675
 def _database(text:str, seconds:float)->Any:
     "Open a database by its URL."
     need('optuna', 'sweep')
@@ -104,11 +114,11 @@ def _database(text:str, seconds:float)->Any:
     except (ArgumentError, ValueError) as e: raise RunError('`--storage` is no URL of a database. It looks like postgresql://user:password@host/name, or sqlite:///file.db') from e
     _ring(url, seconds)
     said = url.render_as_string() # without the password
-    try: return _within(2*seconds, lambda: optuna.storages.RDBStorage(text, engine_kwargs=dict(pool_pre_ping=True)), said)
+    try: return _within(2*seconds, lambda: optuna.storages.RDBStorage(_driven(text), engine_kwargs=dict(pool_pre_ping=True)), said)
     except NoSuchModuleError as e: raise RunError(f'`{said}`: there is no kind of database `{url.get_backend_name()}`. Try postgresql, mysql or sqlite.') from e
     except ImportError as e:
         name = getattr(e.__cause__ or e, 'name', None) or url.get_backend_name()
-        raise MissingLibrary(f'`{said}` needs the driver `{name}`, which is not installed. Run: pip install {_DRIVERS.get(name, name)}') from e
+        raise MissingLibrary(f'`{said}` needs the driver `{name}`, which is not installed. Run: pip install "{_PACKAGES.get(name, name)}"') from e
     except SQLAlchemyError as e: raise RunError(f'`{said}` cannot be used: {str(getattr(e, "orig", None) or e).strip().splitlines()[0]}') from e
     except RuntimeError as e: raise RunError(f'`{said}` cannot be used: {e}') from e
 
