@@ -6,7 +6,7 @@
 __all__ = ['Experiment']
 
 # %% ../../nbs/50_experiments/53_experiment.ipynb #389c7f24
-import json, shlex
+import json
 from functools import cached_property
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -27,7 +27,7 @@ from .run_config import RunConfig
 from .run_data import Splits
 from .run_folder import RunFolder
 from .scoring import score_split, try_out
-from .summary import near_path, run_summary
+from .summary import near_path, run_summary, shell_word
 from .together import check_apart, follow, meet
 from .trusted_code import learn_code
 from ..training.background import Running, in_background, refuse_second
@@ -39,7 +39,7 @@ def _learn(cfg:Config, trust_code:bool):
     "Let this process know what the run used of its notebook whose config this is."
     path = cfg.path
     if path is None or not (path.parent/'manifest.json').exists(): return
-    learn_code(RunFolder(path.parent), cfg, trust_code, f'deep-studio train {shlex.quote(near_path(path))}', f'Experiment("{near_path(path)}"')
+    learn_code(RunFolder(path.parent), cfg, trust_code, f'deep-studio train {shell_word(near_path(path))}', f'Experiment("{near_path(path)}"')
 
 class Experiment:
     "A config brought to life: its data, model and trainer, and the folder that `fit` leaves."
@@ -150,7 +150,7 @@ def resume(cls:Experiment,
     run,path,state = resume_point(what, save_dir)
     config,unwritten = config or kept_config(path, state),(state.get('meta') or {}).get('unwritten')
     if unwritten: raise RunError(f'`{near_path(what)}` was made of objects that no config can describe. Make them again, and give them to `Experiment.from_objects(..., resume="{near_path(what)}")`:\n' + '\n'.join(unwritten))
-    learn_code(run, Config(config), trust_code, f'deep-studio train --resume {shlex.quote(near_path(what))}', f'Experiment.resume("{what}"')
+    learn_code(run, Config(config), trust_code, f'deep-studio train --resume {shell_word(near_path(what))}', f'Experiment.resume("{what}"')
     exp = cls(config, *overrides, name=name, device=device)
     take_up(exp, path, folder_to_go_on(run, path, state, exp.config['trainer']['epochs'], renamed=name is not None))
     return exp

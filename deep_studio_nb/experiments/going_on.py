@@ -7,7 +7,7 @@ __all__ = ['runs_of', 'is_busy', 'open_run', 'newest_checkpoint', 'open_line', '
            'kept_config', 'folder_to_go_on', 'run_to_go_on', 'take_up', 'check_untouched']
 
 # %% ../../nbs/50_experiments/52d_going_on.ipynb #b3ff9d12
-import json, os, re, shlex
+import json, os, re
 from pathlib import Path
 from typing import Any
 from ..common.config import Config
@@ -15,7 +15,7 @@ from ..common.errors import RunError
 from ..common.files import safe_name
 from .provenance import part_records
 from .run_folder import RunFolder, find_run
-from .summary import near_path
+from .summary import near_path, shell_word
 from ..training.checkpoints import load_checkpoint
 
 # %% ../../nbs/50_experiments/52d_going_on.ipynb #7aa4e44d
@@ -66,7 +66,7 @@ def open_line(
     record,path = run.read(),near_path(run.path)
     how = dict(created='had just begun', running='is at work', stopped='was stopped', killed='was killed', failed='failed')[run.status()]
     after = f' after epoch {record["epochs"]}' if record.get('epochs') else ''
-    return f'`{path}` has the same config and {how}{after}. To go on with it instead: deep-studio train --resume {shlex.quote(path)}, or `Experiment.resume("{path}").fit()`.'
+    return f'`{path}` has the same config and {how}{after}. To go on with it instead: deep-studio train --resume {shell_word(path)}, or `Experiment.resume("{path}").fit()`.'
 
 # %% ../../nbs/50_experiments/52d_going_on.ipynb #f527a881
 def what_changed(
@@ -90,7 +90,7 @@ def train_longer(
     state:dict # Its last state
 ) -> str: # Some lines
     "Say how to train longer: a schedule of fixed length cannot go on, but a new run can have a longer one."
-    more,quoted = f'trainer.epochs={2*epochs}',shlex.quote(what)
+    more,quoted = f'trainer.epochs={2*epochs}',shell_word(what)
     done = f'`{what}` has had its {epochs} epoch{"s"*(epochs>1)}'
     if 'total_steps' in ((state.get('scheduler') or {}).get('state') or {}): return f'{done}, and its schedule of learning rates ended with them. A longer one is a new run:\n  deep-studio train {quoted}/config.yaml {more}'
     return f'{done}. Ask for more:\n  deep-studio train --resume {quoted} {more}\nor in a cell:\n  Experiment.resume("{what}", "{more}").fit()'

@@ -6,7 +6,7 @@
 __all__ = ['kfold']
 
 # %% ../../nbs/50_experiments/58f_kfold.ipynb #cadf4ed7
-import csv, io, math, shlex
+import csv, io, math
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -22,7 +22,7 @@ from .cross_validation import CrossValidation
 from .curves import read_epochs
 from .fold_plan import plan_folds
 from .recipes import Spread
-from .summary import near_path
+from .summary import near_path, shell_word
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
@@ -109,12 +109,12 @@ _WORTH = {'summary.json': 'all numbers', 'out_of_fold.csv': 'a prediction for ev
 @patch
 def summary(self:CrossValidation)->str: # Some lines for people
     "Say what came of the folds, where everything is, and what to type next."
-    folder,failed = shlex.quote(near_path(self.folder)),[k for k in range(len(self.plan)) if k not in self.finished]
+    folder,failed = near_path(self.folder),[k for k in range(len(self.plan)) if k not in self.finished]
     lines = [str(self), '', f'Everything is in {folder}/', *(f'  {o:20}{why}' for o,why in _WORTH.items() if (self.folder/o).exists())]
     if self.stopped: return '\n'.join([*lines, '', 'Stopped; nothing is lost. The same command goes on.'])
     if failed: lines += ['', f'{len(failed)} of {len(self.plan)} folds failed; the same command tries them again. What happened is in {folder}/logs/.']
     if not self.runs: return '\n'.join(lines)
-    return '\n'.join([*lines, '', 'What next?', f'  deep-studio runs {folder}', f'  deep-studio predict {folder} FILES'])
+    return '\n'.join([*lines, '', 'What next?', f'  deep-studio runs {shell_word(folder)}', f'  deep-studio predict {shell_word(folder)} FILES'])
 
 # %% ../../nbs/50_experiments/58f_kfold.ipynb #5ee1517d
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['check_entries', 'open_run_zip', 'missing_here']
 
 # %% ../../nbs/50_experiments/55g_opening.ipynb #11895c9b
-import os, re, shlex, shutil, unicodedata, zipfile, zlib
+import os, re, shutil, unicodedata, zipfile, zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
@@ -17,6 +17,7 @@ from .removing import size_text
 from .run_folder import RunFolder, now
 from .run_rows import LEFTOVER, flat_keys
 from .run_zip import HASHES, copy_hashed, read_hashes, work_folder
+from .summary import shell_word
 
 # %% ../../nbs/50_experiments/55g_opening.ipynb #299e7a6a
 def _odd_name(name):
@@ -133,4 +134,4 @@ def missing_here(
     for key in ('dataset.args.data_dir','dataset.args.file'):
         if key in named: yield f'Its data is not here: `{named[key]}`. Say where it is: {key}=...'
     key,own = 'data_loader.args.split',run.path/'split.json'
-    if key in named and own.exists(): yield f'The file of its split is not here: `{named[key]}`. The run has one of its own: {key}={shlex.quote(str(own))} data_loader.args.fold=null'
+    if key in named and own.exists(): yield f'The file of its split is not here: `{named[key]}`. The run has one of its own: {key}={shell_word(own)} data_loader.args.fold=null'

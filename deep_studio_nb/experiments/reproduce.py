@@ -6,7 +6,7 @@
 __all__ = ['Replay', 'replay']
 
 # %% ../../nbs/50_experiments/56f_reproduce.ipynb #5e678aa1
-import math, re, shlex
+import math, re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .provenance import part_records, versions
 from .run_folder import RunFolder
 from .run_rows import RunRow
 from .runs import run_of
-from .summary import near_path
+from .summary import near_path, shell_word
 from .trusted_code import learn_code
 from ..training.checkpoints import load_checkpoint
 from ..training.events import When
@@ -219,7 +219,7 @@ def replay(
     record = run.read()
     rows,limit = _asked(run, record, epochs)
     train,cfg,where = _train_together if (record.get('processes') or 1)>1 else _train,_config_of(run, record, overrides),near_path(run.path)
-    learn_code(run, cfg, trust_code, f'deep-studio reproduce {shlex.quote(where)}', f'replay("{where}"')
+    learn_code(run, cfg, trust_code, f'deep-studio reproduce {shell_word(where)}', f'replay("{where}"')
     again = train(record, cfg, _free_name(run.path.parent, name or f'{run.name}-replay'), device, limit)
     again.update(replay_of=str(run.path))
     return _compared(run, again, rows, limit, tolerance)

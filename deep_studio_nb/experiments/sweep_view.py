@@ -6,13 +6,13 @@
 __all__ = ['TrialLines', 'TrialTable', 'pick_sweep_view', 'idle_keys']
 
 # %% ../../nbs/50_experiments/59h_sweep_view.ipynb #9df942d9
-import shlex, shutil, sys
+import shutil, sys
 from time import monotonic
 from typing import TextIO
 from html import escape
 from fastcore.basics import patch
 from ..common.tables import Table, cell_text
-from .summary import near_path
+from .summary import near_path, shell_word
 from .trials import Sweep
 from ..training.views import in_notebook
 
@@ -106,10 +106,10 @@ def idle_keys(
 @patch
 def summary(self:Sweep)->str: # Some lines for people
     "Say what came of the sweep, where everything is, and what to type next."
-    folder,best = shlex.quote(near_path(self.folder)),self.best
+    folder,best = near_path(self.folder),self.best
     texts = best.user_attrs.get('texts', ()) if best else ()
     idle = [f'{k} changed nothing: trials {", ".join(map(str, v))} differ in it alone and came out the same, epoch by epoch.' for k,v in idle_keys([o for o in self.trials() if o.state.name=='COMPLETE']).items()]
-    lines = [repr(self), *(f'  {o}' for o in texts), *idle, '', f'Everything is in {folder}/', '', 'What next?', f'  deep-studio runs {folder}']
-    if best: lines += [f'  deep-studio select-best --dir {folder}']
-    if best and self.make.path: lines += [f'  deep-studio train {" ".join(shlex.quote(o) for o in (near_path(self.make.path),*self.make.overrides,*texts))}']
+    lines = [repr(self), *(f'  {o}' for o in texts), *idle, '', f'Everything is in {folder}/', '', 'What next?', f'  deep-studio runs {shell_word(folder)}']
+    if best: lines += [f'  deep-studio select-best --dir {shell_word(folder)}']
+    if best and self.make.path: lines += [f'  deep-studio train {" ".join(shell_word(o) for o in (near_path(self.make.path),*self.make.overrides,*texts))}']
     return '\n'.join(lines)

@@ -6,7 +6,6 @@
 __all__ = ['Trained', 'load_trained']
 
 # %% ../../nbs/50_experiments/54_trained.ipynb #effaaab7
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..evaluation.tta import VIEWS, View, WithViews, check_tta, draw_outputs
 from .build import build_data, learn_names
 from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run
-from .summary import near_path
+from .summary import near_path, shell_word
 from .trusted_code import learn_code
 from ..models.interface import create_model
 from ..training.checkpoints import load_checkpoint, load_model_state, weights_for_use
@@ -79,7 +78,7 @@ def load_trained(
     if 'config' not in meta: raise CheckpointError(f'`{path}` does not say how its model is built: it was saved without a config. Load its weights by hand with `load_checkpoint`.')
     learn_names()
     cfg,where = Config(meta['config'], *overrides),near_path(what)
-    learn_code(run, cfg, trust_code, f'deep-studio eval {shlex.quote(where)}', f'load_trained("{what}"')
+    learn_code(run, cfg, trust_code, f'deep-studio eval {shell_word(where)}', f'load_trained("{what}"')
     _check(cfg, meta.get('unwritten'))
     cfg = Config(_bare_arch(cfg.data))
     model = create_model(cfg['arch'], facts=meta['facts'])
