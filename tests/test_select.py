@@ -104,7 +104,10 @@ def test_another_split_of_the_same_data_is_named_as_such(here, digits):
         data = dict(type='ImageFolder', args=dict(data_dir=str(digits/'train')))
         train(digits, f'split-{seed}', seed=seed, dataset=data, data_loader=dict(type='DataLoader', args=dict(batch_size=128, validation_split=200)), trainer=dict(epochs=1, monitor='max val_accuracy'))
     with pytest.raises(RunError) as e: choose(['split-0', 'split-1'])
-    assert 'the same data are split differently' in str(e.value) and 'of 200' in str(e.value)
+    assert '200 in split-0; 200 in split-1' in str(e.value) and 'the same data are split differently' in str(e.value)
+    keys = dict(o.removeprefix('data_loader.args.').split('=') for o in str(e.value).rpartition(': ')[2].split())   # what it says to type
+    train(digits, 'same', seed=1, dataset=data, data_loader=dict(type='DataLoader', args=dict(batch_size=128, validation_split=int(keys['validation_split']), split=keys['split'])), trainer=dict(epochs=1, monitor='max val_accuracy'))
+    assert len(choose(['split-0', 'same']).ranked)==2
 
 def test_a_metric_that_one_of_the_runs_does_not_have(here, digits):
     train(digits, 'more', 64, metrics=['accuracy', 'f1'])

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from ..common.arguments import split_spec
 from ..common.errors import RunError
 from .run_folder import RunFolder
+from .summary import near_path, shell_word
 
 # %% ../../nbs/50_experiments/57b_comparable.ipynb #c4d8bc1c
 _STARTS = dict(val_='valid', test_='test')
@@ -61,12 +62,12 @@ def definition(
     "Say what a number means, from the config of its run."
     config = record.get('config') or {}
     spec,loss = _named(config.get('metrics'), metric),config.get('loss')
-    if spec is not None: return _told(record, 'metrics', spec)
-    if loss is not None and (metric=='loss' or metric in _parts_of(loss)): return _told(record, 'loss', loss)
+    if spec is not None: return _spec_told(record, 'metrics', spec)
+    if loss is not None and (metric=='loss' or metric in _parts_of(loss)): return _spec_told(record, 'loss', loss)
     arch = config.get('arch')
     return dict(name=f'{split_spec(arch)[0]} computes it', args={}, code=_codes(record, 'arch')) if arch else {}
 
-def _told(record, section, spec):
+def _spec_told(record, section, spec):
     name,args = split_spec(spec)
     counted = any(isinstance(args.get(o), str) for o in ('weight','pos_weight'))
     more = {'weights counted from': by_split(record, 'fingerprint').get('train')} if counted else {}
@@ -77,7 +78,7 @@ def _parts_of(loss):
     names = [o if isinstance(o, str) else o.get('name', o.get('type')) for o in split_spec(loss)[1].get('losses') or () if isinstance(o, (str,Mapping))]
     return {n for o in names for n in (o,f'{o}_loss')}
 
-# %% ../../nbs/50_experiments/57b_comparable.ipynb #7b38a7b5
+# %% ../../nbs/50_experiments/57b_comparable.ipynb #9c59d254
 def _names_in(run, split):
     "Names of the samples of a split, and of all that the run knows; None where they were not kept."
     try: kept = json.loads((run.path/'split.json').read_text(encoding='utf-8'))
@@ -85,15 +86,16 @@ def _names_in(run, split):
     parts = {**(kept.get('given') or {}), **(kept.get('parts') or {})}
     return (set(parts[split]) if split in parts else None),{o for v in parts.values() for o in v}
 
-def _how_split(a, b, split):
-    "Say how the samples of a split differ between two runs."
-    (mine,all_mine),(yours,all_yours) = _names_in(a, split),_names_in(b, split)
-    if not mine or not yours: return ''
-    if mine==yours: return f'; the {split} samples have the same names, but their labels or contents differ'
-    what = 'the same data are split differently' if all_mine==all_yours else 'the data are not the same'
-    return f'; {what}: {len(mine&yours):,} of {len(mine):,} and {len(yours):,} {split} samples are the same'
+_RESPLIT = 'the same data are split differently'
 
-# %% ../../nbs/50_experiments/57b_comparable.ipynb #9628355f
+def _in_common(a, b, split):
+    "Say what the samples of a split have in common in two runs."
+    (mine,all_mine),(yours,all_yours) = _names_in(a, split),_names_in(b, split)
+    if not mine or not yours: return 'have other samples'
+    if mine==yours: return 'have samples of the same names, whose labels or contents differ'
+    return f'have {len(mine&yours):,} in common: {_RESPLIT if all_mine==all_yours else "the data are not the same"}'
+
+# %% ../../nbs/50_experiments/57b_comparable.ipynb #0972b9bf
 def _aspects(record, name):
     "What has to be the same in all runs: aspect -> value."
     split,metric = measured_on(name)
@@ -106,7 +108,7 @@ def _short(aspect, value, record):
     "Write one value of an aspect for people."
     if aspect.endswith(' samples'):
         n = by_split(record, 'counts').get(aspect.split()[0])
-        return 'unknown' if n is None else f'{n:,}'
+        return 'unknown' if n is None or value is None else f'{n:,}'
     if aspect.startswith('code'): return ', '.join(f'{k} {str(v)[:8]}' for k,v in value.items()) or 'a library'
     if aspect.startswith('definition'): return f'{value["name"]}({", ".join(f"{k}={v!r}" for k,v in value["args"].items())})' if value else 'unknown'
     if isinstance(value, list): return ', '.join(map(str, value[:6]))+' ...'*(len(value)>6)
@@ -118,7 +120,14 @@ def _grouped(records, aspect, name):
     for run,record in records.items(): groups.setdefault(json.dumps(_aspects(record, name)[aspect], sort_keys=True, default=str), []).append(run)
     return list(groups.values())
 
-# %% ../../nbs/50_experiments/57b_comparable.ipynb #cdadfca3
+# %% ../../nbs/50_experiments/57b_comparable.ipynb #a8364ca2
+def _told(aspect, groups, records, name):
+    "Say what the runs of each group have."
+    values = [_short(aspect, _aspects(records[o[0]], name)[aspect], records[o[0]]) for o in groups]
+    if aspect.endswith(' samples'): return '; '.join(f'{v} in {", ".join(o)}' for o,v in zip(groups, values))
+    return '; '.join(f'{", ".join(o)}: {v}' for o,v in zip(groups, values))
+
+# %% ../../nbs/50_experiments/57b_comparable.ipynb #60657187
 def unlike_in(
     records:Mapping[str,dict], # Name of a run -> its manifest
     name:str, # The watched number, e.g. `val_accuracy`
@@ -129,9 +138,10 @@ def unlike_in(
     for aspect in _aspects(next(iter(records.values())), name) if records else ():
         groups = _grouped(records, aspect, name)
         if len(groups)<2: continue
-        told = '; '.join(f'{", ".join(o)}: {_short(aspect, _aspects(records[o[0]], name)[aspect], records[o[0]])}' for o in groups)
-        more = _how_split(*(folders[o[0]] for o in groups[:2]), aspect.split()[0]) if folders and aspect.endswith(' samples') else ''
-        lines.append(f'{aspect}: {told}{more}')
+        split,samples = aspect.split()[0],aspect.endswith(' samples')
+        (a,*_),*others = [o for o in groups if _aspects(records[o[0]], name)[aspect] is not None] if samples and folders else [[None]]
+        more = ''.join(f'. `{a}` and `{b}` {_in_common(folders[a], folders[b], split)}' for b,*_ in others)
+        lines.append(f'{aspect}: {_told(aspect, groups, records, name)}{more}')
     return lines
 
 # %% ../../nbs/50_experiments/57b_comparable.ipynb #c034ed8b
@@ -142,7 +152,14 @@ def measured_alike(
     "Write down all that the number of a run depends on, besides its model."
     return json.dumps(_aspects(record, name), sort_keys=True, default=str)
 
-# %% ../../nbs/50_experiments/57b_comparable.ipynb #cfcc14b2
+# %% ../../nbs/50_experiments/57b_comparable.ipynb #2f4def76
+def _advice(groups, lines, folders):
+    "Say what to do about runs that cannot be ranked."
+    means = [o.startswith(('definition','code')) for o in lines]
+    same = ' and '.join([*['on the same data']*(not all(means)), *['with the same definition']*any(means)])
+    split = f': data_loader.args.validation_split=0 data_loader.args.split={shell_word(near_path(folders[groups[0][0]].path/"split.json"))}' if any(_RESPLIT in o for o in lines) else ''
+    return f'Runs that belong together: {"; ".join(", ".join(o) for o in groups)}. Choose among those of one group, or train the others once more {same}{split or "."}'
+
 def check_comparable(
     folders:Sequence[RunFolder], # The runs
     name:str # The watched number, e.g. `val_accuracy`
@@ -154,8 +171,7 @@ def check_comparable(
     if not lines: return
     groups = {}
     for k,o in records.items(): groups.setdefault(measured_alike(o, name), []).append(k)
-    together = '; '.join(', '.join(o) for o in groups.values())
-    raise RunError('\n'.join([f'The `{name}` of these runs cannot be ranked. They differ in', *(f'  {o}' for o in lines), f'Runs that belong together: {together}. Name the ones to choose from.']))
+    raise RunError('\n'.join([f'The `{name}` of these runs cannot be ranked. They differ in', *(f'  {o}' for o in lines), _advice(list(groups.values()), lines, runs)]))
 
 def run_label(
     run:RunFolder, # One of the runs
