@@ -187,7 +187,7 @@ def test_patches_and_many_sizes(tmp_path):
 
 def test_loading_and_drawing_work_from_the_loader(tmp_path):
     loader = BaseDataLoader(ImagePairs(data(tmp_path, inputs='흐림', targets='선명'), inputs='흐림', targets='선명').with_transforms(build_transforms(CUT)), 4, validation_split=2)
-    assert [o.get_title() for o in loader.show_batch(3).axes]==['input']*3+['target']*3
+    assert [o.get_text() for o in loader.show_batch(3).axes[0].texts]==['input']*3+['target']*3
     assert [o.name for o in loader.save_samples(tmp_path/'out')]==['train_batch.png', 'valid_batch.png']
     assert loader.sample_ids()[0].startswith('흐림/')
 

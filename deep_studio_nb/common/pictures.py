@@ -5,7 +5,7 @@
 # %% ../../nbs/00_common/09b_pictures.ipynb #295b89bd
 from __future__ import annotations
 import io, warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,11 +41,20 @@ def _warn_once()->None:
                   'and delete the folder that matplotlib.get_cachedir() names.', stacklevel=2)
 
 # %% ../../nbs/00_common/09b_pictures.ipynb #b6fa6cb6
+def _texts(artist:object)->Iterator: # Of matplotlib, and drawn
+    "Find the texts below `artist`."
+    from matplotlib.axis import Axis
+    from matplotlib.text import Text
+    if not artist.get_visible(): return
+    if isinstance(artist, Text): yield artist
+    bare = not getattr(artist, 'axison', True)
+    for o in artist.get_children():
+        if not (bare and isinstance(o, Axis)): yield from _texts(o)
+
 def _fit_fonts(fig:Figure)->bool: # Whether there is a second font
     "Let every text of `fig` look its letters up in a second font."
-    from matplotlib.text import Text
     fonts = _wide_fonts()
-    for o in fig.findobj(Text):
+    for o in _texts(fig):
         if o.get_text().isascii(): continue
         if not fonts: _warn_once()
         elif fonts[0] not in o.get_fontfamily(): o.set_fontfamily([*o.get_fontfamily(), *fonts])
@@ -119,7 +128,7 @@ def image_grid(
     ncols:int=8, # Images a row, at most
     size:float=1.2, # Inches, the width of an image
     colors:Sequence[str]|None=None # One a title, such as "green"
-)->Figure: # With one axes an image
+)->Figure: # With one axes for all, whose `images` and `texts` are in their order
     "Draw `images` in rows, with their titles above them."
     arrays = [as_pixels(o) for o in images]
     for what,o in dict(titles=titles, colors=colors).items():
@@ -136,9 +145,14 @@ def image_grid(
 # %% ../../nbs/00_common/09b_pictures.ipynb #1a9fdc2e
 def _fill(fig:Figure, arrays:list, titles:Sequence|None, colors:Sequence|None, rows:int, cols:int, head:float)->None:
     "Place each array in its cell; `head` is the share of a cell that the title takes."
+    width,height = fig.get_size_inches()
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    ax.axis('off')
+    cell = width/cols, height/rows
+    room = 0.94*cell[0], (0.96-head)*cell[1]
     for i,o in enumerate(arrays):
-        left,bottom = (i%cols)/cols, 1-(i//cols+1)/rows
-        ax = fig.add_axes((left+0.03/cols, bottom+0.02/rows, 0.94/cols, (0.96-head)/rows))
-        ax.imshow(o, cmap='gray', vmin=0, vmax=1)
-        ax.axis('off')
-        if titles is not None: ax.set_title(str(titles[i]), fontsize=7.5, pad=2, **({} if colors is None else {'color': colors[i]}))
+        x,y = (i%cols+0.5)*cell[0], height-(i//cols+1)*cell[1] + 0.02*cell[1]+room[1]/2     # the middle of the image
+        scale = min(room[0]/o.shape[1], room[1]/o.shape[0])/2
+        w,h = o.shape[1]*scale, o.shape[0]*scale
+        ax.imshow(o, cmap='gray', vmin=0, vmax=1, aspect='auto', extent=(x-w, x+w, y-h, y+h))
+        if titles is not None: ax.text(x, y+h+2/72, str(titles[i]), fontsize=7.5, ha='center', va='baseline', **({} if colors is None else {'color': colors[i]}))
