@@ -30,14 +30,6 @@ def config(digits, **changes):
                trainer=dict(epochs=2, threads=1, verbosity=0, save_dir='experiments'), device='cpu')
     return cfg | changes
 
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory):
-    "The digits as class folders, written once for all tests of this process."
-    from deep_studio_nb.data.digits import Digits
-    folder = tmp_path_factory.mktemp('data')/'digits'
-    Digits(folder)
-    return folder
-
 def fit(cfg, *overrides, **kw):
     from deep_studio_nb.experiments.experiment import Experiment
     exp = Experiment(cfg, *overrides, **kw)

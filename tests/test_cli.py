@@ -13,15 +13,6 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDIO = [sys.executable, '-c', 'from deep_studio_nb.cli import main; main()']
 
 
-@pytest.fixture(scope='session')
-def digits(tmp_path_factory):
-    "The digits as class folders, written once for all tests of this process."
-    from deep_studio_nb.data.digits import Digits
-    folder = tmp_path_factory.mktemp('data')/'digits'
-    Digits(folder)
-    return folder
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,11 +2,10 @@
 import json, os, random, shutil, subprocess, sys, textwrap, weakref
 from itertools import permutations
 from pathlib import Path
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from toy_data import write_masks
 from deep_studio_nb.common.errors import CheckpointError, DataError, RunError
 from deep_studio_nb.data.digits import Digits
 from deep_studio_nb.data.folds import folds
@@ -312,14 +311,7 @@ def test_memory_does_not_grow_with_the_members(here):
 def masks(tmp_path_factory):
     "Two runs that find the bright part of pictures, one of them from grey ones."
     folder, before = tmp_path_factory.mktemp('masks'), Path.cwd()
-    rng = np.random.default_rng(0)
-    for split,n in dict(train=6, test=5).items():
-        for o in ('images', 'masks'): (folder/'data'/split/o).mkdir(parents=True)
-        for i in range(n):
-            mask = np.zeros((16, 16), np.uint8)
-            mask[i:i+6, 3:12] = 1
-            Image.fromarray((mask*150+rng.integers(0, 80, mask.shape)).astype(np.uint8)).convert('RGB').save(folder/'data'/split/'images'/f'{i}.png')
-            Image.fromarray(mask).save(folder/'data'/split/'masks'/f'{i}.png')
+    write_masks(folder/'data', train=6, test=5)
     os.chdir(folder)
     try:
         for name,mode in (('colour', 'RGB'), ('grey', 'L')):

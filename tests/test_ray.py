@@ -1,5 +1,5 @@
 """Jobs, sweeps and training on a Ray of two cores are what they are here; workers die, and nothing is lost."""
-import csv, json, os, secrets, signal, socket, subprocess, sys
+import csv, os, secrets, signal, socket, subprocess, sys
 from pathlib import Path
 from unittest import mock
 import pytest
@@ -7,6 +7,7 @@ import pytest
 ray = pytest.importorskip('ray')
 optuna = pytest.importorskip('optuna')
 
+from toy_data import write_dots
 from waiting import wait_for
 from deep_studio_nb.common.errors import ConfigError, MissingLibrary, RunError
 from deep_studio_nb.experiments.jobs import Job, run_jobs
@@ -19,21 +20,6 @@ from deep_studio_nb.experiments.sweeps import sweep
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(sys.platform!='linux', reason='/proc')
-PARTS = '''
-import os, signal, time
-from pathlib import Path
-import torch
-from deep_studio_nb.common.errors import RunError
-from deep_studio_nb.common.registry import DATASETS
-from deep_studio_nb.data.tensors import Tensors
-
-@DATASETS.register
-class RayDots(Tensors):
-    "Points, and whether they lie in the first or third quarter."
-    def __init__(self):
-        x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
-        super().__init__(x, (x[:, 0]*x[:, 1] > 0).long(), classes=['no', 'yes'])
-'''
 CHORES = '''
 import os, signal, time
 from pathlib import Path
@@ -58,9 +44,6 @@ def stumble(why):
     if why: raise RunError(why)
     return 1/0
 '''
-CONFIG = dict(name='dots', seed=0, imports=['ray_parts'], dataset='RayDots', data_loader=dict(type='DataLoader', args=dict(batch_size=16, validation_split=0.25)),
-              arch=dict(type='MLP', args=dict(hidden=[4])), loss='cross_entropy', optimizer=dict(type='AdamW', args=dict(lr=0.01)),
-              trainer=dict(epochs=3, monitor='min val_loss', threads=1, save_period=0), device='cpu')
 
 @pytest.fixture(scope='module')
 def cluster():
@@ -73,9 +56,8 @@ def cluster():
 def place(tmp_path, monkeypatch):
     "A folder with chores, and with a config and what it imports."
     (tmp_path/'ray_chores.py').write_text(CHORES)
-    (tmp_path/'ray_parts.py').write_text(PARTS)
-    (tmp_path/'dots.json').write_text(json.dumps(CONFIG))
-    monkeypatch.delitem(sys.modules, 'ray_parts', raising=False)
+    write_dots(tmp_path)
+    monkeypatch.delitem(sys.modules, 'toy_dots', raising=False)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -20,14 +20,6 @@ def train(*args, **kw):
     return exp.folder
 
 @pytest.fixture(scope='session')
-def digits(tmp_path_factory):
-    "The digits as class folders, written once for all tests of this process."
-    from deep_studio_nb.data.digits import Digits
-    folder = tmp_path_factory.mktemp('data')/'digits'
-    Digits(folder)
-    return folder
-
-@pytest.fixture(scope='session')
 def trained(digits, tmp_path_factory):
     "Two runs, one of which is clearly better."
     folder, before = tmp_path_factory.mktemp('trained'), Path.cwd()

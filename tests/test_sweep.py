@@ -6,6 +6,7 @@ import torch
 
 optuna = pytest.importorskip('optuna')
 
+from toy_data import write_dots
 from waiting import wait_for
 from deep_studio_nb.common.errors import ConfigError, RunError
 from deep_studio_nb.common.registry import CALLBACKS
@@ -23,28 +24,12 @@ posix = pytest.mark.skipif(os.name!='posix', reason='SIGKILL')
 TRIALS = 5
 SPACE = {'optimizer.args.lr': {'log': [1e-3, 1.]}, 'arch.args.hidden': [[4], [8]], 'optimizer': ['AdamW', {'type': 'SGD', 'args': {'momentum': {'range': [0., 0.9]}}}]}
 PRUNER = {'type': 'PercentilePruner', 'args': {'percentile': 50., 'n_startup_trials': 1}}     # ends about half of the trials after the first
-PARTS = '''
-import torch
-from deep_studio_nb.common.registry import DATASETS
-from deep_studio_nb.data.tensors import Tensors
-
-@DATASETS.register
-class SweepDots(Tensors):
-    "Points, and whether they lie in the first or third quarter."
-    def __init__(self):
-        x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
-        super().__init__(x, (x[:, 0]*x[:, 1] > 0).long(), classes=['no', 'yes'])
-'''
-CONFIG = dict(name='dots', seed=0, imports=['sweep_parts'], dataset='SweepDots', data_loader=dict(type='DataLoader', args=dict(batch_size=16, validation_split=0.25)),
-              arch=dict(type='MLP', args=dict(hidden=[4], dropout=0.2)), loss='cross_entropy', optimizer=dict(type='AdamW', args=dict(lr=0.01)),
-              trainer=dict(epochs=3, monitor='min val_loss', threads=1, save_period=0), device='cpu')
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     "A folder with a config and what it imports."
-    (tmp_path/'sweep_parts.py').write_text(PARTS)
-    (tmp_path/'dots.json').write_text(json.dumps(CONFIG))
-    monkeypatch.delitem(sys.modules, 'sweep_parts', raising=False)      # that of another test
+    write_dots(tmp_path, dropout=0.2)
+    monkeypatch.delitem(sys.modules, 'toy_dots', raising=False)      # that of another test
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

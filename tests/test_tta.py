@@ -1,11 +1,11 @@
 "Test-time augmentation: ways there and back, models that do not care, draws that repeat, and data that has only one way to be read."
 import weakref
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from toy_data import write_masks
 from deep_studio_nb.common.errors import DataError
 from deep_studio_nb.common.randomness import rng_state
 from deep_studio_nb.data.digits import Digits
@@ -114,12 +114,6 @@ def test_models_with_several_outputs_are_refused():
 
 MOVES = {'train': [dict(type='RandomAffine', args=dict(degrees=15, translate=[0.1, 0.1], interpolation='bilinear'))], 'valid': []}
 
-@pytest.fixture(scope='session')
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('tta')/'digits'
-    Digits(folder)
-    return folder
-
 @pytest.fixture
 def loader(digits):
     ds = Digits(digits, split='test').with_transforms(build_transforms(MOVES)).using('test')
@@ -166,14 +160,7 @@ def run(name, folder, **parts):
 def masked(tmp_path_factory):
     "A run that finds the bright part of pictures."
     folder = tmp_path_factory.mktemp('masked')
-    rng = np.random.default_rng(0)
-    for split,n in dict(train=8, test=4).items():
-        for o in ('images', 'masks'): (folder/'data'/split/o).mkdir(parents=True)
-        for i in range(n):
-            mask = np.zeros((16, 16), np.uint8)
-            mask[i:i+6, 3:12] = 1
-            Image.fromarray((mask*150+rng.integers(0, 80, mask.shape)).astype(np.uint8)).convert('RGB').save(folder/'data'/split/'images'/f'{i}.png')
-            Image.fromarray(mask).save(folder/'data'/split/'masks'/f'{i}.png')
+    write_masks(folder/'data', train=8, test=4)
     return run('masks', folder, dataset=dict(type='ImageMasks', args=dict(data_dir=str(folder/'data'), classes=['dark', 'bright'])), loss='cross_entropy',
                arch=dict(type='UNet', args=dict(width=4, depth=2)), metrics=['dice'], transforms=dict(train=['RandomHorizontalFlip'])), folder
 
