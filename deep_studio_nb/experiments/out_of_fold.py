@@ -10,17 +10,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..common.errors import DataError, listed
-from ..common.tables import Table
 from ..common.types import Loss, Metrics
 from ..evaluation.ensembles import combine
-from ..evaluation.evaluate import Evaluation, save_rows
+from ..evaluation.evaluate import Evaluation, Rowed
 from ..evaluation.rows import joined, kept, probabilities
 from .bootstrap import Bootstrap
 from .contributions import BatchPass, States, contributions
@@ -57,7 +55,7 @@ def _averaged(preds, numbers, task, k):
 
 # %% ../../nbs/50_experiments/58d_out_of_fold.ipynb #63503056
 @dataclass
-class OutOfFold:
+class OutOfFold(Rowed):
     "A prediction for every sample by models that have not seen it."
     ev:Evaluation # The predictions, averaged where there are several, in the order of the data
     folds:list[tuple[int,...]] # For each sample, in which folds it was held out
@@ -98,20 +96,6 @@ def rows(self:OutOfFold)->list[dict]: # `id`, `fold`, `target`, `prediction`, an
         new = dict(id=row['id'], fold=' '.join(map(str, self.folds[i]))) | ({} if self.groups is None else dict(group=self.groups[i])) | {k: row[k] for k in ('target',) if k in row} | row
         res.append(new | ({f'p({c})': round(p, 6) for c,p in zip(ev.classes, shares[i])} if shares else {}))
     return res
-
-@patch
-def table(self:OutOfFold,
-    n:int|None=20 # Rows to show, from the first; None for all
-)->Table: # Prints as a table
-    "Show some rows."
-    return Table(self.rows()[:n])
-
-@patch
-def save_csv(self:OutOfFold,
-    path:str|Path # Where the table goes; written atomically
-)->Path: # The same path
-    "Write the rows as a CSV that spreadsheets read."
-    return save_rows(self.rows(), path)
 
 @patch
 def _repr_html_(self:OutOfFold)->str: return f'<p>{self!r}</p>' + self.table(8)._repr_html_()
