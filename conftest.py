@@ -1,14 +1,14 @@
-"""Pytest collects the notebooks: each is one test, run by nbdev's `test_nb` in a process of its own.
+"""What the tests share, and how pytest collects the notebooks: each is one test, run by nbdev's `test_nb` in a process of its own.
 
-The processes are forked from a server that has torch and nbdev loaded already, so a notebook starts in a moment and still shares no state
-with any other. A failure shows the cell's number, id and source, the notebook's own frames and what the cell printed.
+The processes are forked from a server that has loaded what most notebooks use, though nothing of ours, so a notebook starts in a moment and
+still shares no state with any other. A failure shows the cell's number, id and source, the notebook's own frames and what the cell printed.
 """
 import multiprocessing as mp, os, re, shutil, sys, tempfile, traceback
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent
-PRELOAD = ['torch', 'pytest', 'nbdev.test', 'matplotlib_inline.backend_inline']
+PRELOAD = ['torch', 'torchvision.transforms.v2', 'sklearn.datasets', 'pandas', 'matplotlib.figure', 'pydantic', 'omegaconf', 'pytest', 'nbdev.test', 'matplotlib_inline.backend_inline']
 NOT_OURS = ('site-packages/execnb', 'site-packages/nbdev', 'site-packages/IPython')
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
@@ -16,7 +16,8 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 def pytest_configure(config):
-    "Keep what is remembered of files out of the user's own cache."
+    "Say what processes begin with, and keep what is remembered of files out of the user's own cache."
+    mp.get_context('forkserver').set_forkserver_preload(PRELOAD)   # before the first test that wants the server, whichever that is
     if 'DEEP_STUDIO_CACHE' in os.environ: return   # set by the user, or by the process that started this worker
     os.environ['DEEP_STUDIO_CACHE'] = folder = tempfile.mkdtemp(prefix='deep-studio-cache-')
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -31,6 +32,12 @@ def pytest_collect_file(parent, file_path):
     if any(o[0] in '._' for o in file_path.relative_to(ROOT).parts): return None
     return NotebookFile.from_parent(parent, path=file_path)
 
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    "The digits as class folders, written once for all tests of this process; no test changes them."
+    from deep_studio_nb.data.digits import write_digits
+    return write_digits(tmp_path_factory.mktemp('data')/'digits')
+
 class NotebookFailed(Exception):
     "A notebook that failed; the message is the whole report."
 
@@ -42,7 +49,6 @@ class Notebook(pytest.Item):
     "Run a notebook in a process of its own and report the cell that fails."
     def runtest(self):
         ctx, limit = mp.get_context('forkserver'), self.config.getoption('--nb-timeout')
-        ctx.set_forkserver_preload(PRELOAD)
         receive, send = ctx.Pipe(duplex=False)
         process = ctx.Process(target=run_notebook, args=(send, self.path, self.config.getoption('--nb-flags').split()))
         process.start()

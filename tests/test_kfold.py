@@ -9,7 +9,7 @@ from deep_studio_nb.common.errors import ConfigError, DataError, RunError
 from deep_studio_nb.data.split_files import load_split
 from deep_studio_nb.experiments import kfold as kfold_module, recorder, scoring
 from deep_studio_nb.experiments.experiment import Experiment
-from deep_studio_nb.experiments.fold_runs import FoldLines
+from deep_studio_nb.experiments.fold_views import FoldLines
 from deep_studio_nb.experiments.kfold import kfold
 from deep_studio_nb.experiments.run_folder import RunFolder
 from deep_studio_nb.training.checkpoints import load_checkpoint
@@ -177,7 +177,6 @@ def child(folder, death, options):
 def ended(folder, death=None, **options):
     "How a child ends, forked from a server that has the libraries loaded."
     ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'deep_studio_nb.experiments.kfold'])
     p = ctx.Process(target=child, args=(folder, death, options))
     p.start()
     p.join(120)
@@ -346,7 +345,6 @@ def weigh(folder, queue):
 def test_memory_is_flat_over_folds(place):
     "A dataset of 32 MB is read anew for each fold, and let go."
     ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'deep_studio_nb.experiments.kfold'])
     queue = ctx.Queue()
     p = ctx.Process(target=weigh, args=(place, queue))
     p.start()

@@ -73,7 +73,6 @@ def child(folder, death, options):
 def begin(*args):
     "A child, forked from a server that has the libraries loaded."
     ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'optuna', 'deep_studio_nb.experiments.sweeps'])
     p = ctx.Process(target=child, args=args)
     p.start()
     return p

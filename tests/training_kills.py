@@ -26,7 +26,6 @@ KINDS = {'gathered': 'ours', 'threads': 'ours threads', 'processes': 'ours worke
 def in_a_child(target, *args):
     "What `target` sends, from a process that has done nothing else; an `EOFError` if it has died."
     ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'training_kills'])
     here, there = ctx.Pipe(duplex=False)
     p = ctx.Process(target=target, args=(there, *args))
     p.start()
@@ -91,7 +90,6 @@ def readable(folder):
 def start(*args, target=live):
     "Begin a child."
     ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'training_kills'])
     p = ctx.Process(target=target, args=args)
     p.start()
     return p
