@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from fastcore.basics import patch
 from ..common.errors import DataError, did_you_mean, listed
+from .chunks import Chunk
 from .image_files import IMAGE_SUFFIXES
 from .samples import natural_key
-from .table_files import Chunk, TableFile
+from .table_files import TableFile
 
 # %% ../../nbs/10_data/13c_image_columns.ipynb #e4f56277
 _PATHS = 'path file filename filepath fname image imagepath imagename imagefile imageid img imgpath imgname id 경로 파일 파일명 이미지'.split()
