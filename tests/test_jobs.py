@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 from deep_studio_nb.common.errors import ConfigError, RunError
-from deep_studio_nb.experiments.jobs import Job, run_jobs
+from deep_studio_nb.experiments.job import Job
+from deep_studio_nb.experiments.jobs import run_jobs
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(os.name!='posix', reason='SIGKILL')
@@ -115,7 +116,8 @@ def test_what_makes_no_sense(place, monkeypatch):
 PARENT = '''
 import sys
 from pathlib import Path
-from deep_studio_nb.experiments.jobs import Job, run_jobs
+from deep_studio_nb.experiments.job import Job
+from deep_studio_nb.experiments.jobs import run_jobs
 ended = run_jobs([Job('chores:count', dict(name=o, to=2000, seconds=0.05), Path(f'logs/{o}.log'), o) for o in 'abc'], at_once=2)
 sys.exit(max(o.code for o in ended))
 '''

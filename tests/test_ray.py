@@ -10,10 +10,11 @@ optuna = pytest.importorskip('optuna')
 from toy_data import write_dots
 from waiting import wait_for
 from deep_studio_nb.common.errors import ConfigError, MissingLibrary, RunError
-from deep_studio_nb.experiments.jobs import Job, run_jobs
+from deep_studio_nb.experiments.job import Job
+from deep_studio_nb.experiments.jobs import run_jobs
 from deep_studio_nb.experiments.kfold import kfold
 from deep_studio_nb.experiments.launch import run_workers
-from deep_studio_nb.experiments.on_ray import check_answers, ray_connected
+from deep_studio_nb.experiments.ray_connection import check_answers, ray_connected
 from deep_studio_nb.experiments.ray_ranks import run_ranks
 from deep_studio_nb.experiments.run_folder import RunFolder
 from deep_studio_nb.experiments.sweeps import sweep
@@ -129,7 +130,8 @@ def test_a_machine_with_other_files(cluster, place, monkeypatch):
 PARENT = '''
 import sys
 from pathlib import Path
-from deep_studio_nb.experiments.jobs import Job, run_jobs
+from deep_studio_nb.experiments.job import Job
+from deep_studio_nb.experiments.jobs import run_jobs
 if __name__=='__main__': sys.exit(max(o.code for o in run_jobs([Job('ray_chores:count', dict(name=o, to=2000, seconds=0.05), Path(f'logs/{o}.log'), o) for o in 'abc'], at_once=3, on=sys.argv[1])))
 '''
 
