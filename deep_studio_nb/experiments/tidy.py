@@ -46,7 +46,7 @@ def _starts(row):
     return [o for o in texts if isinstance(o, str) and o.endswith('.pt')]
 
 # %% ../../nbs/50_experiments/57i_tidy.ipynb #33587a9b
-_WHOLES = {'a sweep': ('trials.csv','trials.jsonl','.turn','plan.json'), 'folds': ('folds.json','out_of_fold.csv','summary.json')}
+_WHOLES = {'a sweep': ('trials.csv','trials.jsonl','.turn'), 'folds': ('plan.json','folds.json','out_of_fold.csv','summary.json')}
 
 def _whole_of(row, save_dir):
     "Say what a run is a part of, if it is not the folder that was asked for."
