@@ -338,16 +338,16 @@ def weigh(folder, queue):
     from deep_studio_nb.experiments.cross_validation import CrossValidation
     from deep_studio_nb.experiments.fold_plan import plan_folds
     view = Weigher(open(os.devnull, 'w'))
-    CrossValidation(plan_folds('digits.json', 'dataset={type: FoldDigits, args: {n: 1000, width: 8000}}', 'trainer.epochs=1', 'data_loader.args.batch_size=128', folds=6)).train(view=view)
+    CrossValidation(plan_folds('digits.json', 'dataset={type: FoldDigits, args: {n: 1000, width: 10000}}', 'trainer.epochs=1', 'data_loader.args.batch_size=128', folds=6)).train(view=view)
     queue.put(view.seen)
 
 @pytest.mark.skipif(sys.platform!='linux', reason='/proc')
 def test_memory_is_flat_over_folds(place):
-    "A dataset of 32 MB is read anew for each fold, and let go."
+    "A dataset of 40 MB is read anew for each fold, and let go."
     ctx = mp.get_context('forkserver')
     queue = ctx.Queue()
     p = ctx.Process(target=weigh, args=(place, queue))
     p.start()
     seen = queue.get(timeout=120)      # at the beginning, after each of six folds, at the end
     p.join(60)
-    assert len(seen)==8 and seen[6]-seen[2]<16, seen
+    assert len(seen)==8 and seen[6]-seen[2]<40, seen      # less than one dataset in four folds; what the C library keeps comes and goes

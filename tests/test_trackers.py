@@ -13,7 +13,8 @@ from deep_studio_nb.common.registry import TRACKERS
 from deep_studio_nb.experiments import mlflow as _mlflow, tensorboard as _tensorboard, wandb as _wandb  # noqa: F401 (they register themselves)
 from deep_studio_nb.experiments.experiment import Experiment
 from deep_studio_nb.experiments.local_values import tracked_values
-from deep_studio_nb.experiments.trackers import Tracker, Trackers
+from deep_studio_nb.experiments.tracker import Tracker
+from deep_studio_nb.experiments.trackers import Trackers
 from deep_studio_nb.training.events import Callback
 from training_kills import in_a_child
 from waiting import wait_for
