@@ -13,8 +13,8 @@ from time import perf_counter
 import torch
 from torchvision.transforms import v2
 from deep_studio_nb.common.randomness import seeded
-from deep_studio_nb.data.augment import plan_of
 from deep_studio_nb.data.draws import sample_draws
+from deep_studio_nb.data.plan import plan_of
 from deep_studio_nb.data.transforms import ToTensor, Transforms
 
 BATCH, STATS = 64, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -12,12 +12,13 @@ from torchvision.tv_tensors import Mask
 
 from deep_studio_nb.common.errors import DataError
 from deep_studio_nb.common.randomness import derive, seeded
-from deep_studio_nb.data.augment import batch_step, plan_of
+from deep_studio_nb.data.augment import batch_step
 from deep_studio_nb.data.batch_steps import sizes_of
 from deep_studio_nb.data.batch_warps import BatchJitter
 from deep_studio_nb.data.draws import sample_draws, uniforms
 from deep_studio_nb.data.image_folder import ImageFolder
 from deep_studio_nb.data.loaders import BaseDataLoader
+from deep_studio_nb.data.plan import plan_of
 from deep_studio_nb.data.samples import Index
 from deep_studio_nb.data.tensors import Tensors
 from deep_studio_nb.data.transforms import ToTensor, Transforms, build_transforms

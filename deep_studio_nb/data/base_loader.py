@@ -18,11 +18,11 @@ from ..common.errors import DataError, StudioError, did_you_mean, listed
 from ..common.logs import get_logger
 from ..common.randomness import generator
 from ..common.shares import SharedBatches, share_of
-from .augment import plan_of  # noqa: F401 (gives transforms their plan)
 from .bad_files import remember_bad
 from .batches import EpochSampler
 from .image_files import BadFile
 from .keeping import STARTS, Cost, Room, check_cache, choose_workers, look_ahead, make_cache
+from .plan import plan_of  # noqa: F401 (gives transforms their plan)
 from .sampling import order_of
 from .split_files import divide_or_load
 from .streams import Jobs, Maker, Packed, picks_pixels
