@@ -10,6 +10,7 @@ import os, signal, sys, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from fastcore.basics import patch
 from ..common.errors import ConfigError, RunError
 from ..common.processes import launched
 from .ray_connection import ray_connected
@@ -32,7 +33,7 @@ def rank_surroundings(
                   'MASTER_ADDR': first, 'MASTER_PORT': str(port)} | ({'CUDA_VISIBLE_DEVICES': ','.join(gpus)} if gpus else {})
     return res
 
-# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #4663b6cf
+# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #d8cbb29f
 def _reserve(ray:Any, nproc:int, cores:int, gpus:int)->Any: # A placement group
     "Reserve the cores and GPUs of all processes, and wait until they are free."
     has = ray.cluster_resources()
@@ -48,6 +49,7 @@ def _reserve(ray:Any, nproc:int, cores:int, gpus:int)->Any: # A placement group
         raise
     return group
 
+# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #ceac8d1b
 @contextmanager
 def _hands(ray:Any, nproc:int, share:tuple[int,int])->Iterator[list]:
     "Hire a hand for each process, and let go of all at the end, and of what was reserved."
@@ -56,7 +58,7 @@ def _hands(ray:Any, nproc:int, share:tuple[int,int])->Iterator[list]:
     try: yield [hire(ray, *share, scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)) for i in range(nproc)]
     finally: ray.util.remove_placement_group(group) # ends whoever is in it
 
-# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #ea8af89f
+# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #911a75f4
 _RANK = 'from deep_studio_nb.cli import main; from deep_studio_nb.experiments.job import end_with_pipe; end_with_pipe(); main()'
 _PATIENCE = 60. # seconds that the others may take to end
 
@@ -77,31 +79,36 @@ class _Ranks:
         self.ray.get([hand.start.remote(_RANK, words, b'', os.getcwd(), more | env) for hand,env in zip(self.hands, envs)])
         self.refs = {i: o.look.remote(1.) for i,o in enumerate(self.hands)}
 
-    def look(self):
-        "See what they say, and who has ended."
-        for i,ref in list(self.refs.items()):
-            if not self.ray.wait([ref], timeout=0)[0]: continue
-            try: text,code = self.ray.get(ref)
-            except self.ray.exceptions.RayActorError: text,code = b'',-signal.SIGKILL
-            sys.stdout.write(text.decode(errors='replace'))
-            sys.stdout.flush()
-            if code is None: self.refs[i] = self.hands[i].look.remote(1.)
-            else: del self.refs[i]
-            if code is not None: self.codes[self.ranks[i]] = 130 if code==-signal.SIGINT else code # before it began
+# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #ad6e6284
+@patch
+def look(self:_Ranks):
+    "See what they say, and who has ended."
+    for i,ref in list(self.refs.items()):
+        if not self.ray.wait([ref], timeout=0)[0]: continue
+        try: text,code = self.ray.get(ref)
+        except self.ray.exceptions.RayActorError: text,code = b'',-signal.SIGKILL
+        sys.stdout.write(text.decode(errors='replace'))
+        sys.stdout.flush()
+        if code is None: self.refs[i] = self.hands[i].look.remote(1.)
+        else: del self.refs[i]
+        if code is not None: self.codes[self.ranks[i]] = 130 if code==-signal.SIGINT else code # before it began
 
-    def stop(self):
-        "Have all end soon, as at Ctrl-C; a second time, at once."
-        for i in self.refs: self.ray.kill(self.hands[i]) if self.stopped else self.hands[i].stop.remote()
-        self.stopped,self.late = True,time.monotonic()+_PATIENCE
+# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #93980072
+@patch
+def stop(self:_Ranks):
+    "Have all end soon, as at Ctrl-C; a second time, at once."
+    for i in self.refs: self.ray.kill(self.hands[i]) if self.stopped else self.hands[i].stop.remote()
+    self.stopped,self.late = True,time.monotonic()+_PATIENCE
 
-    def wait(self):
-        "Look after them until the last has ended."
-        while self.refs:
-            self.look()
-            if any(self.codes.values()) and not self.stopped or time.monotonic()>self.late: self.stop()
-            time.sleep(0.05)
+@patch
+def wait(self:_Ranks):
+    "Look after them until the last has ended."
+    while self.refs:
+        self.look()
+        if any(self.codes.values()) and not self.stopped or time.monotonic()>self.late: self.stop()
+        time.sleep(0.05)
 
-# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #d32a51af
+# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #80d38257
 def _tell_codes(codes:dict[int,int])->int: # Exit code
     "Say which process was killed, and give the exit code for all."
     for rank,code in [(k,v) for k,v in sorted(codes.items()) if v<0][:1]:
@@ -109,6 +116,7 @@ def _tell_codes(codes:dict[int,int])->int: # Exit code
     bad = [o for o in codes.values() if o]
     return 0 if not bad else 130 if all(o==130 for o in bad) else 1
 
+# %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #c75a44e6
 def run_ranks(
     words:list[str], # Words of the command line after `deep-studio`
     nproc:int, # How many processes
