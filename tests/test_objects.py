@@ -15,6 +15,7 @@ from deep_studio_nb.data.digits import Digits
 from deep_studio_nb.data.loaders import DataLoader
 from deep_studio_nb.data.tensors import Tensors
 from deep_studio_nb.experiments.build import learn_names
+from deep_studio_nb.experiments.compare import compare
 from deep_studio_nb.experiments.described import unlike_at
 from deep_studio_nb.experiments.described_models import described_model
 from deep_studio_nb.experiments.described_training import described_loss, described_optimizer, described_scheduler
@@ -205,6 +206,15 @@ def test_a_loader_of_ours_is_described_and_one_beside_it_is_named(here):
     assert exp.config['data_loader'] == dict(type='DataLoader', args=dict(batch_size=16, validation_split=0.1, seed=5)) and exp.unwritten == []
     beside = Experiment.from_objects('MLP', loader=DataLoader(digits, 32), valid_loader=DataLoader(digits, 32), loss='cross_entropy', device='cpu')
     assert [o.section for o in beside.unwritten] == ['data_loader']
+
+
+def test_weights_that_no_config_has_are_told_where_runs_are_compared_and_repeated(here):
+    model = MLP(64, 10, (8,))
+    Experiment.from_objects(model, DataLoader(Digits('digits'), 64, validation_split=0.2), loss='cross_entropy', device='cpu', name='by-hand', threads=1, verbosity=0).fit()
+    Experiment('experiments/by-hand/config.yaml', name='again').fit()
+    assert '`by-hand` began with weights that a model of a notebook had' in str(compare('by-hand', 'again'))
+    with pytest.raises(RunError, match='a repetition would begin with others'): replay('by-hand')
+    assert replay('again').same
 
 
 def test_parts_of_a_module_bring_their_module_along(here, monkeypatch):

@@ -106,6 +106,11 @@ def _other_code(self:Comparison) -> Iterator[str]:
     if not all(o.get('git') for o in self.records): yield 'Not every run was under git, so code beside the named parts cannot be compared.'
 
 @patch
+def _other_start(self:Comparison) -> Iterator[str]:
+    own = [f'`{n}`' for n,o in zip(self.names, self.records) if o.get('own_weights') and not o.get('resumed_from')]
+    if own: yield f'{" and ".join(own)} began with weights that a model of a notebook had, which is in no config; that alone may explain other numbers.'
+
+@patch
 def _missing(self:Comparison) -> Iterator[str]:
     sides = {n: o for n,r in zip(self.names, self.records) if (o := _numbers_of(r))}   # a run without any number is not finished
     for key in dict.fromkeys(k for o in sides.values() for k in o):
@@ -122,7 +127,7 @@ def _unfinished(self:Comparison) -> Iterator[str]:
 @patch(as_prop=True)
 def notes(self:Comparison) -> list[str]: # Sentences
     "Say what to mind when the numbers are compared."
-    return [*self._other_data(), *self._other_code(), *self._missing(), *self._unfinished()]
+    return [*self._other_data(), *self._other_code(), *self._other_start(), *self._missing(), *self._unfinished()]
 
 # %% ../../nbs/50_experiments/55d_compare.ipynb #a7c358bb
 @patch

@@ -57,7 +57,7 @@ class Experiment:
         _learn(self.config, trust_code)
         self.config.check()
         self.folder,self.source,self.recorder,self.seen,self.told = None,None,None,None,[]
-        self.given,self.unwritten = {},[]
+        self.given,self.unwritten,self.own_weights = {},[],False
 
     @cached_property
     def device(self) -> torch.device:

@@ -38,11 +38,13 @@ def _modules_of(config:dict) -> list[str]:
     return sorted(o for o in homes if o and o.split('.')[0] not in ('deep_studio_nb','torch','torchvision','torchmetrics','functools','builtins'))
 
 # %% ../../nbs/50_experiments/53f_from_objects.ipynb #a329aba7
-def _note_weights(cfg:RunConfig, model:nn.Module, facts:dict):
-    "Note weights that a run of the config would not begin with."
-    if not cfg.get('arch'): return
+def _has_own_weights(cfg:RunConfig, model:nn.Module, facts:dict) -> bool:
+    "Say whether a run of the config would begin with other weights, and note it."
+    if not cfg.get('arch'): return False
     state,again = model.state_dict(),build_model(cfg, facts).state_dict()
-    if any(not torch.equal(state[k].cpu(), again[k].cpu()) for k in state): cfg.notes.append(f'arch: the model has weights of its own. A run of the saved config begins with those of seed {cfg["seed"]}; give `model` as a name with arguments to begin with these here, too.')
+    own = any(not torch.equal(state[k].cpu(), again[k].cpu()) for k in state)
+    if own: cfg.notes.append(f'arch: the model has weights of its own. A run of the saved config begins with those of seed {cfg["seed"]}; give `model` as a name with arguments to begin with these here, too.')
+    return own
 
 # %% ../../nbs/50_experiments/53f_from_objects.ipynb #1f4b7cef
 def _made(optimizer:Any, scheduler:Any, model:nn.Module) -> tuple[Any,Any]:
@@ -51,6 +53,10 @@ def _made(optimizer:Any, scheduler:Any, model:nn.Module) -> tuple[Any,Any]:
     if is_maker(optimizer): optimizer = optimizer(trainable(model))
     if is_maker(scheduler) and isinstance(optimizer, Optimizer): scheduler = scheduler(optimizer)
     return optimizer,scheduler
+
+def _gives_batches(data:Any) -> bool:
+    "Say whether it is a loader: something to go through, without samples by number."
+    return hasattr(data, '__iter__') and not hasattr(data, '__getitem__')
 
 # %% ../../nbs/50_experiments/53f_from_objects.ipynb #f0afed51
 def _assembled(cls, config:dict, data:Splits, model:nn.Module, given:dict, unwritten:list[Unwritten], resume:Any) -> Experiment:
@@ -62,7 +68,7 @@ def _assembled(cls, config:dict, data:Splits, model:nn.Module, given:dict, unwri
     if not unwritten: exp.config.check()
     exp.folder,exp.source,exp.recorder,exp.seen,exp.told = None,None,None,None,[]
     exp.given,exp.unwritten,exp.data,exp.model = given,unwritten,data,model
-    _note_weights(exp.config, model, data.facts)
+    exp.own_weights = _has_own_weights(exp.config, model, data.facts)
     exp.config.notes += [f'No config can say it: {o}' for o in unwritten]
     exp.trainer.meta['unwritten'] = [str(o) for o in unwritten]
     if resume is None: return exp
@@ -74,7 +80,7 @@ def _assembled(cls, config:dict, data:Splits, model:nn.Module, given:dict, unwri
 @patch(cls_method=True)
 def from_objects(cls:Experiment,
     model:nn.Module|str|dict, # A network; or its name, or `{type, args}`, made with weights of the seed
-    dataset:Any=None, # Ours or torch's, or a name or spec; None if a loader is given
+    dataset:Any=None, # Ours or torch's, or a name or spec; a loader may stand here, too
     loader:Any=None, # A loader of batches; or arguments for the toolkit's own, such as `dict(batch_size=64, validation_split=0.2)`
     valid_loader:Iterable|None=None, # Beside a loader: batches for validation
     test_loader:Iterable|None=None, # Beside a loader: batches for the test
@@ -97,6 +103,7 @@ def from_objects(cls:Experiment,
     "Make an experiment of objects that were built by hand."
     begin()
     learn_names()
+    if loader is None and _gives_batches(dataset): dataset,loader = None,dataset
     if (dataset is None)==(loader is None or isinstance(loader, (str,Mapping))): raise ConfigError('The data is missing: give a `dataset`, or a `loader` of batches.' if dataset is None else 'There is a `dataset` and a `loader` that has its own. Leave one of them out, or give only the arguments of the loader, as in `loader=dict(batch_size=64)`.')
     said = Gathered()
     data = data_of_dataset(dataset, loader, transforms, seed, said) if dataset is not None else data_of_loader(loader, valid_loader, test_loader, seed, said)

@@ -33,7 +33,7 @@ def first_record(
     return dict(config=exp.config.data, config_file=path and str(path), command=sys.argv[1:] if path else None, seed=exp.config['seed'],
                 device=describe_device(exp.device), processes=world(), versions=versions(), git=git_state(), parts=part_records(exp.config.data),
                 data=exp.data.record(), monitor=str(monitor) if monitor else 'off', resumed_from=exp.source and str(exp.source),
-                epochs=0, best=None, unwritten=[str(o) for o in exp.unwritten], **this_process())
+                epochs=0, best=None, unwritten=[str(o) for o in exp.unwritten], own_weights=exp.own_weights, **this_process())
 
 # %% ../../nbs/50_experiments/52g_on_record.ipynb #fde0173c
 def make_folder(

@@ -130,6 +130,7 @@ def _config_of(run:RunFolder, record:dict, overrides:Sequence[str]=()) -> Config
     "The config that a manifest describes, for a repetition."
     if not record.get('config'): raise RunError(f'The manifest of `{near_path(run.path)}` holds no config, so nobody can say what ran.')
     if record.get('unwritten'): raise RunError(f'`{near_path(run.path)}` was made of objects of a notebook that no config can describe, so it cannot be repeated from its manifest:\n' + '\n'.join(record['unwritten']))
+    if record.get('own_weights') and not record.get('resumed_from'): raise RunError(f'`{near_path(run.path)}` began with weights that its model had in a notebook, which is in no config, so a repetition would begin with others. To make runs that can be repeated, give `model` as a name with arguments; to train with the weights of the seed: deep-studio train {shell_word(near_path(run.path))}/config.yaml')
     data = deepcopy(record['config'])
     data['trainer'] = {**(data.get('trainer') or {}), 'save_dir': str(run.path.parent), 'tensorboard': False}
     file = record.get('config_file')
