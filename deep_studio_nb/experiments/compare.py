@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..common.errors import RunError, listed
 from ..common.tables import Table
 from .curves import overlay_curves, read_epochs
-from .differences import code_differences, config_differences, data_differences, data_facts, keyed, machine_differences
+from .differences import as_mapping, code_differences, config_differences, data_differences, data_facts, machine_differences
 from .run_folder import RunFolder
 from .run_rows import RunRow, run_row
 from .runs import run_of
@@ -73,8 +73,8 @@ _NO_MEASURE = 'epoch','lr','seconds'
 
 def _numbers_of(record):
     "The numbers of the best epoch, and of the test."
-    values = {k: v for k,v in keyed(record.get('at_best')).items() if k not in _NO_MEASURE}
-    return values | {f'{split}_{k}': v for split in ('test','valid') for k,v in keyed(record.get(split)).items()}
+    values = {k: v for k,v in as_mapping(record.get('at_best')).items() if k not in _NO_MEASURE}
+    return values | {f'{split}_{k}': v for split in ('test','valid') for k,v in as_mapping(record.get(split)).items()}
 
 @patch(as_prop=True)
 def numbers(self:Comparison) -> Table: # One row a number

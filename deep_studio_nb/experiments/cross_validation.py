@@ -30,7 +30,7 @@ from .summary import near_path
 from ..training.losses import build_loss
 from ..training.metrics import build_metrics
 
-# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #939f726a
+# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #39ceca21
 class CrossValidation:
     "Trainings of one config, each with other samples held out."
     def __init__(self,
@@ -50,21 +50,25 @@ class CrossValidation:
         "Say where the modules are that the config imports."
         folder = self.plan.cfg.folder
         return folder and str(Path(folder).resolve())
-    @property
-    def runs(self)->list[RunFolder]:
-        "List the finished runs, by fold."
-        return list(self.finished.values())
-    @property
-    def finished(self)->dict[int,RunFolder]:
-        "Give the finished run of each fold that has one."
-        found = {k: run_of_fold(self.plan.config(k)) for k in range(len(self.plan))}
-        return {k: o for k,o in found.items() if o is not None and o.status()=='finished'}
 
-    def table(self)->Table: # One row a fold
-        "Say how the folds stand, and what they score."
-        return Table(fold_row(k, self.plan.config(k), self.errors.get(k)) for k in range(len(self.plan)))
+# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #3b2bc547
+@patch(as_prop=True)
+def finished(self:CrossValidation)->dict[int,RunFolder]:
+    "Give the finished run of each fold that has one."
+    found = {k: run_of_fold(self.plan.config(k)) for k in range(len(self.plan))}
+    return {k: o for k,o in found.items() if o is not None and o.status()=='finished'}
 
-# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #4e341577
+@patch(as_prop=True)
+def runs(self:CrossValidation)->list[RunFolder]:
+    "List the finished runs, by fold."
+    return list(self.finished.values())
+
+@patch
+def table(self:CrossValidation)->Table: # One row a fold
+    "Say how the folds stand, and what they score."
+    return Table(fold_row(k, self.plan.config(k), self.errors.get(k)) for k in range(len(self.plan)))
+
+# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #ed137a2d
 def _in_short(e): return f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}'
 
 @patch
@@ -79,6 +83,7 @@ def _train_one(self:CrossValidation, fold:int, view)->bool: # False when somebod
         self.errors[fold] = _in_short(e)
         return True
 
+# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #b6acbc61
 @patch
 def _in_turn(self:CrossValidation, view):
     "Train the folds one after the other."
@@ -121,7 +126,7 @@ def train(self:CrossValidation,
         self._known.clear()
     return self
 
-# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #e1062dc9
+# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #1dfe2ae2
 @patch
 def _once(self:CrossValidation, name, make):
     "What `make` gives, made at the first call."
@@ -137,6 +142,7 @@ def held_out(self:CrossValidation)->dict[int,Evaluation]: # Fold -> predictions,
         return {k: held_out(run, self.plan.config(k), self.code, device) for k,run in done.items()}
     return self._once('held out', make)
 
+# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #a0fa1d3f
 @patch(as_prop=True)
 def out_of_fold(self:CrossValidation)->OutOfFold: # In the order of the data
     "Give a prediction for every sample by a model that has not seen it."
@@ -146,7 +152,7 @@ def out_of_fold(self:CrossValidation)->OutOfFold: # In the order of the data
         return out_of_fold(self.held_out(), [made.dataset.sample_id(i) for i in places], groups and [groups[i] for i in places])
     return self._once('out of fold', make)
 
-# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #45bf0138
+# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #2eca4143
 @patch(as_prop=True)
 def spread(self:CrossValidation)->dict[str,Spread]: # e.g. `val_accuracy`, `test_accuracy`
     "Say for each number how much it varies between folds."
@@ -155,6 +161,7 @@ def spread(self:CrossValidation)->dict[str,Spread]: # e.g. `val_accuracy`, `test
     values = {k: [o[k] for o in rows if isinstance(o.get(k), (int,float)) and math.isfinite(o[k])] for k in names}
     return {k: Spread(o) for k,o in values.items() if o}
 
+# %% ../../nbs/50_experiments/58i_cross_validation.ipynb #1cafafde
 @patch(as_prop=True)
 def scores(self:CrossValidation)->dict[str,Interval]: # e.g. `accuracy`
     "Score all held-out samples together."

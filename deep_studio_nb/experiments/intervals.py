@@ -15,10 +15,10 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
 # %% auto #0
-__all__ = ['rounded', 'Interval', 'ScoreDifference', 'plot_intervals']
+__all__ = ['round_alike', 'Interval', 'ScoreDifference', 'plot_intervals']
 
 # %% ../../nbs/50_experiments/57_intervals.ipynb #17bc679a
-def rounded(
+def round_alike(
     values:Sequence[float], # Numbers of one kind
     width:float, # How far they are known, or how much they vary
     sign:str='' # "+" writes the sign of positive numbers too
@@ -40,8 +40,8 @@ class Interval:
         sign:str='' # "+" writes the sign of positive numbers too
     )->str: # e.g. `[0.954, 0.988]`
         "Write the two bounds."
-        return f'[{", ".join(rounded((self.low,self.high), self.high-self.low, sign))}]'
-    def __str__(self): return f'{rounded([self.value], self.high-self.low)[0]} {self.bounds()}'
+        return f'[{", ".join(round_alike((self.low,self.high), self.high-self.low, sign))}]'
+    def __str__(self): return f'{round_alike([self.value], self.high-self.low)[0]} {self.bounds()}'
     def __repr__(self): return str(self)
 
 # %% ../../nbs/50_experiments/57_intervals.ipynb #2946cdf4

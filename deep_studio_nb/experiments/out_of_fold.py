@@ -21,7 +21,7 @@ from ..evaluation.ensembles import combine
 from ..evaluation.evaluate import Evaluation, Rowed
 from ..evaluation.rows import joined, kept, probabilities
 from .bootstrap import Bootstrap
-from .contributions import BatchPass, States, contributions
+from .contributions import BatchPass, StatePerSample, contributions
 from .intervals import Interval
 from ..training.metrics import Meter, build_metrics
 
@@ -118,7 +118,7 @@ _FEW_DRAWS,_MOST = 400,5000   # for numbers of the whole: draws, and samples
 def _interval(ev, name, loss, metrics, groups):
     "The bounds of a number; None where they would take too long."
     for way in contributions(name, loss, metrics):
-        if isinstance(way, States) or not all(way.add(_pass(*o, loss)) for o in _batches(ev)): continue
+        if isinstance(way, StatePerSample) or not all(way.add(_pass(*o, loss)) for o in _batches(ev)): continue
         scores,n = way.scores(),len(way)
         if isinstance(scores, Tensor) and not scores.isfinite().all() or not isinstance(scores, Tensor) and n>_MOST: return None
         draws = int(min(2000, max(200, 2e8//n))) if isinstance(scores, Tensor) else _FEW_DRAWS

@@ -15,7 +15,7 @@ from ..common.errors import DataError, RunError
 from ..common.pictures import new_picture
 from ..common.tables import Table
 from .comparable import best_value, by_split, measured_on, run_label, unlike_in
-from .intervals import ScoreDifference, rounded
+from .intervals import ScoreDifference, round_alike
 from .run_folder import RunFolder
 from ..training.monitor import Monitor
 
@@ -42,7 +42,7 @@ class Spread:
     def __len__(self): return len(self.values)
     def __repr__(self):
         if len(self)==1: return f'{self.mean:.4g} (a single run, so nobody knows how much it varies)'
-        mean,sd,low,high = rounded((self.mean, self.sd, min(self.values), max(self.values)), self.sd)
+        mean,sd,low,high = round_alike((self.mean, self.sd, min(self.values), max(self.values)), self.sd)
         return f'{mean} ± {sd} ({len(self)} runs, {low} to {high})'
 
 # %% ../../nbs/50_experiments/57c_recipes.ipynb #3347511a

@@ -24,7 +24,7 @@ from .compare import Comparison, compare
 from .experiment import Experiment
 from .going_on import what_changed
 from .launch import launch
-from .prints import prints, unlike
+from .prints import state_prints, unlike_prints
 from .provenance import part_records, versions
 from .run_folder import RunFolder
 from .run_rows import RunRow
@@ -62,7 +62,7 @@ def _same_weights(then:RunFolder, again:RunFolder) -> bool|None: # None where no
     try: states = [load_checkpoint(o.path/'checkpoints'/'last.pt') for o in (then,again)]
     except CheckpointError: return None
     if states[0].get('epoch')!=states[1].get('epoch'): return None
-    return not unlike(*(prints(o['model']) for o in states))
+    return not unlike_prints(*(state_prints(o['model']) for o in states))
 
 # %% ../../nbs/50_experiments/56f_reproduce.ipynb #d72d959f
 @dataclass

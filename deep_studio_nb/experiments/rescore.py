@@ -19,7 +19,7 @@ from ..common.errors import DataError, RunError, listed
 from ..data.division import values_of
 from .bootstrap import Scores
 from .build import build_data
-from .contributions import contributions, passed
+from .contributions import contributions, pass_batch
 from .run_data import ids_of
 from .trained import Trained
 from ..training.losses import build_loss
@@ -75,7 +75,7 @@ def _filled(way, model, loader, loss, device):
         for batch in loader:
             batch = to_device(batch, device)
             marks.add(target_of(batch))
-            if not way.add(passed(model, batch, loss)): return None
+            if not way.add(pass_batch(model, batch, loss)): return None
     if not len(way): raise DataError('The split has no batches: there is nothing to score.')
     return marks.told()
 

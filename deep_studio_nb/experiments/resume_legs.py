@@ -16,7 +16,7 @@ from ..common.errors import RunError
 from ..common.logs import logging_to
 from ..data.loaders import BaseDataLoader
 from .experiment import Experiment
-from .prints import own_state, prints
+from .prints import own_state, state_prints
 from ..training.batches import length_of
 from ..training.checkpoints import load_checkpoint, save_checkpoint
 from ..training.events import Callback
@@ -47,11 +47,11 @@ class StepWitness(Callback):
     def __init__(self): self.steps,self.row = [],{}
     def before_epoch(self, trainer):
         sampler = getattr(trainer.train_loader, 'sampler', None)
-        self.order = prints(sampler.upcoming()[0])[''] if hasattr(sampler, 'upcoming') else None
+        self.order = state_prints(sampler.upcoming()[0])[''] if hasattr(sampler, 'upcoming') else None
     def before_batch(self, trainer):
         *inputs,target = trainer.batch if isinstance(trainer.batch, (tuple,list)) else (trainer.batch,None)
-        self.row = dict(step=trainer.steps+1, order=self.order or prints(target).get(''), inputs=prints(inputs).get('[0]', ''))
-    def after_loss(self, trainer): self.row |= {'mixed': str(prints(trainer.batch)), 'loss': trainer.loss.detach().float().item().hex()}
+        self.row = dict(step=trainer.steps+1, order=self.order or state_prints(target).get(''), inputs=state_prints(inputs).get('[0]', ''))
+    def after_loss(self, trainer): self.row |= {'mixed': str(state_prints(trainer.batch)), 'loss': trainer.loss.detach().float().item().hex()}
     def after_batch(self, trainer): self.steps.append(self.row)
 
 # %% ../../nbs/50_experiments/56b_resume_legs.ipynb #f446cbe4
@@ -62,7 +62,7 @@ def _state_marks(trainer):
     by_epoch = isinstance(trainer.train_loader._loader, BaseDataLoader)   # its generator only seeds worker processes, which draw nothing
     state = {k: v for k,v in trainer.state_dict().items() if k not in _LEFT_OUT and not (by_epoch and k=='order')}
     state['history'] = [{k: v for k,v in o.items() if k!='seconds'} for o in state['history']]
-    return prints(state)
+    return state_prints(state)
 
 def _own_marks(trainer):
     "Mark what users' objects remember."

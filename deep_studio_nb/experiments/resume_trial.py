@@ -9,7 +9,7 @@ __all__ = ['Difference', 'first_unlike', 'parts_at', 'ResumeTrial', 'forgotten']
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ..common.errors import listed
-from .prints import OWNER, unlike
+from .prints import OWNER, unlike_prints
 
 # %% ../../nbs/50_experiments/56c_resume_trial.ipynb #5fe6921f
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _part_of(place):
     return _STATE.get(top.partition('[')[0], top)
 
 def parts_at(
-    places:Iterable[str] # Places in a state, as `prints` names them
+    places:Iterable[str] # Places in a state, as `state_prints` names them
 )->list[str]: # Each part once, in order
     "Name the parts that places in a state belong to."
     return list(dict.fromkeys(o for o in map(_part_of, places) if o))
@@ -68,21 +68,21 @@ class ResumeTrial:
     def differences(self)->Iterator[Difference]:
         "Tell what differs, in the order in which it matters."
         when = f'After a stop {self.after}' if self.after else 'Begun twice with the same seed'
-        if lost := parts_at(unlike(self.saved, self.leg['begun'])) if self.after else []:
+        if lost := parts_at(unlike_prints(self.saved, self.leg['begun'])) if self.after else []:
             for o in lost: yield Difference(o, f'{when} its state is not put back as it was saved.', 'Look at its `state_dict` and `load_state_dict`: together they must give back everything.')
         stretch = [r for r in self.straight['steps'] if r['step'] in {o['step'] for o in self.leg['steps']}]
         if (found := first_unlike(stretch, self.leg['steps'])):
             part,what,advice = _STEPWISE[found[1]]
             yield Difference(part, f'{when} {what} in step {found[0]}.', advice if self.after else 'Two runs that are not stopped differ as well: something draws from the clock, or from a generator that no seed sets.')
         elif not lost:
-            others = parts_at(unlike(*self.pair('state')))
+            others = parts_at(unlike_prints(*self.pair('state')))
             if others: yield Difference(', '.join(others), f'{when} the state is another one in the end, though every step was the same.', 'Something that acts between the loss and the end of the step, such as a callback, has a state that is not saved.')
 
 # %% ../../nbs/50_experiments/56c_resume_trial.ipynb #63c5eb0d
 def _lost(trials):
     "Name what users' objects have lost by a stop: place -> after which."
-    noise = set(unlike(*trials[0].pair('own')))
-    return {k: o.after for o in reversed(trials[1:]) for k in unlike(*o.pair('own')) if k not in noise}
+    noise = set(unlike_prints(*trials[0].pair('own')))
+    return {k: o.after for o in reversed(trials[1:]) for k in unlike_prints(*o.pair('own')) if k not in noise}
 
 def forgotten(
     trials:list[ResumeTrial] # In order; the first one was not stopped before
