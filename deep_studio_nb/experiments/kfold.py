@@ -27,7 +27,7 @@ from .summary import near_path, shell_word
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations
 
-# %% ../../nbs/50_experiments/58j_kfold.ipynb #2ab65950
+# %% ../../nbs/50_experiments/58j_kfold.ipynb #4bf87106
 def _curves(ax, runs, name):
     "A value of all folds over the epochs, and its mean."
     curves = [{o['epoch']: o[name] for o in rows if isinstance(o.get(name), (int,float))} for rows in runs]
@@ -41,6 +41,7 @@ def _curves(ax, runs, name):
     ax.locator_params(axis='x', integer=True)
     ax.grid(alpha=0.3)
 
+# %% ../../nbs/50_experiments/58j_kfold.ipynb #ae6f98bd
 def _dots(ax, folds, values, tests, together):
     "A value of the best model of each fold, with mean and standard deviation."
     spread = Spread(values)
@@ -72,11 +73,12 @@ def plot(self:CrossValidation,
     if axes[1][0].get_legend_handles_labels()[0]: axes[1][0].legend(fontsize=7, framealpha=0.5)
     return fig
 
-# %% ../../nbs/50_experiments/58j_kfold.ipynb #aab2d25f
+# %% ../../nbs/50_experiments/58j_kfold.ipynb #17dadc53
 def _chosen_by_them(cfg): return (cfg.get('trainer.monitor') or 'min val_loss').split()[-1].startswith('val_') and cfg['trainer']['epochs']>1
 
 def _number(o): return str(o) if math.isfinite(o.low) else f'{o.value:.4g}'
 
+# %% ../../nbs/50_experiments/58j_kfold.ipynb #243498f2
 @patch
 def _told(self:CrossValidation)->Iterator[str]:
     "What came of it, in lines."
@@ -90,6 +92,7 @@ def _told(self:CrossValidation)->Iterator[str]:
     if _chosen_by_them(self.plan.cfg): yield 'The best epoch of a fold is chosen by its held-out samples, which flatters their scores a little' + ('; the test is free of that.' if self.test is not None else '.')
     if oof.missing: yield f'{len(oof.missing):,} samples have no prediction.'
 
+# %% ../../nbs/50_experiments/58j_kfold.ipynb #40046812
 @patch
 def __repr__(self:CrossValidation)->str:
     counts = [o['status'] for o in self.table()]
@@ -116,7 +119,7 @@ def summary(self:CrossValidation)->str: # Some lines for people
     if not self.runs: return '\n'.join(lines)
     return '\n'.join([*lines, '', 'What next?', f'  deep-studio runs {shell_word(folder)}', f'  deep-studio predict {shell_word(folder)} FILES'])
 
-# %% ../../nbs/50_experiments/58j_kfold.ipynb #5ee1517d
+# %% ../../nbs/50_experiments/58j_kfold.ipynb #f88466bd
 @patch
 def facts(self:CrossValidation)->dict: # Plain data
     "Tell everything in short."
@@ -127,6 +130,7 @@ def facts(self:CrossValidation)->dict: # Plain data
     if self.test is not None: res['test'] = dict(ensemble=dict(self.test.metrics), members=len(self.runs), how=self.how, tta=self.tta)
     return res
 
+# %% ../../nbs/50_experiments/58j_kfold.ipynb #d8869f82
 @patch
 def save(self:CrossValidation)->Path: # The folder
     "Write `summary.json`, `summary.csv`, `out_of_fold.csv`, the picture, and what the ensemble says of the test."
