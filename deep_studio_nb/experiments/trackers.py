@@ -23,7 +23,7 @@ from ..common.types import split_batch
 from .local_values import Values, tracked_values
 from .services import as_png
 from .tracker import Tracker
-from .tracker_post import Post
+from .tracker_post import TrackerPost
 
 # %% ../../nbs/50_experiments/51d_trackers.ipynb #04097648
 class Trackers:
@@ -54,7 +54,7 @@ def add(self:Trackers,
     "Add a tracker."
     name = type(tracker).__name__
     same = sum(type(o.tracker) is type(tracker) for o in self.posts)
-    self.posts.append(Post(tracker, f'{name}-{same+1}' if same else name, self.pause, self.room))
+    self.posts.append(TrackerPost(tracker, f'{name}-{same+1}' if same else name, self.pause, self.room))
 
 # %% ../../nbs/50_experiments/51d_trackers.ipynb #45caed7a
 @patch
@@ -77,7 +77,7 @@ def start(self:Trackers,
     self._close()
     self.values = Values(self.folder)
     with self._safely('What was tracked before'): rows = tracked_values(self.folder)
-    self.posts = [o if o.thread else Post(o.tracker, o.name, self.pause, self.room) for o in self.posts]
+    self.posts = [o if o.thread else TrackerPost(o.tracker, o.name, self.pause, self.room) for o in self.posts]
     self._tell('start', self.folder, deepcopy(dict(config)), rows)
 
 @patch
