@@ -52,6 +52,7 @@ from .data.label_journal import *
 from .data.corrections import *
 from .data.encodings import *
 from .data.csv_files import *
+from .data.chunks import *
 from .data.table_files import *
 from .data.transforms import *
 from .data.draws import *
@@ -59,6 +60,7 @@ from .data.batch_steps import *
 from .data.batch_windows import *
 from .data.batch_warps import *
 from .data.augment import *
+from .data.plan import *
 from .data.cache import *
 from .data.overlays import *
 from .data.mask_files import *
@@ -66,10 +68,11 @@ from .data.image_dataset import *
 from .data.image_folder import *
 from .data.digits import *
 from .data.image_columns import *
-from .data.image_list import *
-from .data.pairing import *
 
 # %% ../nbs/80_front/80_all.ipynb #a7beb59e
+from .data.image_list import *
+from .data.pairing import *
+from .data.mask_pairs import *
 from .data.image_masks import *
 from .data.image_pairs import *
 from .data.presets import *
@@ -97,11 +100,11 @@ from .data.named_sources import *
 from .data.named_sets import *
 from .data.named_files import *
 from .data.show import *
+
+# %% ../nbs/80_front/80_all.ipynb #4fa6b0b3
 from .data.splits import *
 from .data.division import *
 from .data.division_pictures import *
-
-# %% ../nbs/80_front/80_all.ipynb #4fa6b0b3
 from .data.split_files import *
 from .data.folds import *
 from .data.batches import *
@@ -229,6 +232,8 @@ from .experiments.trusted_code import *
 from .experiments.run_config import *
 from .experiments.services import *
 from .experiments.local_values import *
+from .experiments.tracker import *
+from .experiments.tracker_post import *
 from .experiments.trackers import *
 from .experiments.tensorboard import *
 from .experiments.wandb import *
@@ -245,15 +250,17 @@ from .experiments.experiment import *
 from .experiments.described import *
 from .experiments.described_models import *
 from .experiments.described_training import *
+from .experiments.described_data import *
+from .experiments.gathered import *
 from .experiments.from_objects import *
 from .experiments.trained import *
 from .experiments.predict import *
+
+# %% ../nbs/80_front/80_all.ipynb #0cf97685
 from .experiments.members import *
 from .experiments.member_answers import *
 from .experiments.ensemble import *
 from .experiments.asking import *
-
-# %% ../nbs/80_front/80_all.ipynb #0cf97685
 from .experiments.run_rows import *
 from .experiments.runs import *
 from .experiments.differences import *
@@ -280,12 +287,16 @@ from .experiments.choice import *
 from .experiments.select import *
 from .experiments.tidy_rules import *
 from .experiments.tidy import *
+
+# %% ../nbs/80_front/80_all.ipynb #33e7d01f
+from .experiments.job import *
 from .experiments.jobs import *
+from .experiments.ray_connection import *
+from .experiments.ray_hands import *
 from .experiments.on_ray import *
 from .experiments.fold_plan import *
 from .experiments.fold_runs import *
-
-# %% ../nbs/80_front/80_all.ipynb #33e7d01f
+from .experiments.fold_views import *
 from .experiments.out_of_fold import *
 from .experiments.cross_validation import *
 from .experiments.kfold import *
@@ -295,6 +306,8 @@ from .experiments.space import *
 from .experiments.variants import *
 from .experiments.samplers import *
 from .experiments.storage import *
+from .experiments.study import *
+from .experiments.trial_rows import *
 from .experiments.trials import *
 from .experiments.trying import *
 from .experiments.sweep_plots import *
