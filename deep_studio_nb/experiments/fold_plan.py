@@ -127,13 +127,14 @@ def _facts(plan):
     ds = plan.made.dataset
     return lasting(plan.cfg.data) | {_PLAIN.get(k, k): o for k,o in plan.made.how.items() if o is not None} | {'samples': len(ds), 'contents of the data': ds.fingerprint()}
 
-# %% ../../nbs/50_experiments/58e_fold_plan.ipynb #e1844540
+# %% ../../nbs/50_experiments/58e_fold_plan.ipynb #849d03a6
 def _check_same(was, now, folder):
     "Refuse to mix two cross-validations in one folder."
     told = lambda o: f'{o[:12]}...' if isinstance(o, str) and len(o)>40 else o
     changed = [f'  {k}: {told(was.get(k, "nothing"))} then, {told(now.get(k, "nothing"))} now' for k in dict.fromkeys([*was, *now]) if was.get(k)!=now.get(k)]
     if changed: raise RunError(f'The folds in `{near_path(folder)}` were begun with something else:\n' + '\n'.join(changed[:8]) + '\nGive these a name of their own with --name, or change it back.')
 
+# %% ../../nbs/50_experiments/58e_fold_plan.ipynb #76af1962
 def _open(plan):
     "Write the plan down, or find it as it was."
     path,facts = plan.folder/'plan.json',json.loads(json.dumps(_facts(plan), default=str))
@@ -145,11 +146,13 @@ def _open(plan):
     if was is None or not plan.file.exists(): plan.made.save(plan.file)
     if was is None: write_json(path, facts)
 
-# %% ../../nbs/50_experiments/58e_fold_plan.ipynb #208dce1a
+# %% ../../nbs/50_experiments/58e_fold_plan.ipynb #0283dee2
 def _whole(**counts):
+    "Refuse counts that are none; each comes with the least it may be."
     for name,(value,least) in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value<least: raise ConfigError(f'`{name}` is {value!r}, wanted a whole number, {least} or more.')
 
+# %% ../../nbs/50_experiments/58e_fold_plan.ipynb #64ae6100
 def plan_folds(
     config:str|Path|dict|Config, # A config file, or the same as plain data
     *overrides:str, # Changes of single keys, e.g. `"trainer.epochs=3"`
