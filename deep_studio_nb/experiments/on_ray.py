@@ -54,6 +54,7 @@ def _begin(self:RayProcess, told:dict):
 def _begun(self:RayProcess, _:None):
     "Listen to the process, now that it has started."
     self.ref,self.step,self.began = self.hand.look.remote(1.),self._looked,time.monotonic()
+    if self.stopping: self.stop()
 
 @patch
 def _looked(self:RayProcess, seen:tuple):
@@ -80,7 +81,7 @@ def stop(self:RayProcess):
     "Have it end soon, as at Ctrl-C."
     self.stopping = True
     if self.step==self._looked: self.hand.stop.remote()
-    else: self.kill() # nothing has begun
+    if self.step==self._begin: self.kill() # there is no process yet
 
 @patch
 def kill(self:RayProcess):
