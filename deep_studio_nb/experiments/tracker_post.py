@@ -40,7 +40,7 @@ def fail(self:TrackerPost,
     "Tell of the first error, and forget what waits."
     if self.error is None:
         self.error = error
-        words = f'{type(error).__name__}: {str(error).strip()}', self.tracker.advice(error)
+        words = f'{type(error).__name__}: {str(error).strip().rstrip(".")}.', self.tracker.advice(error)
         get_logger('trackers').warning('The tracker `%s` failed and is silent from here on; the run goes on, and its folder has all numbers. %s', self.name, ' '.join(filter(None, words)))
     while self.mail:
         method,args = self.mail.popleft()

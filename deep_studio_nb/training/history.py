@@ -55,10 +55,11 @@ def best(self:History,
     "Find the row with the best watched value."
     monitor,found = Monitor(monitor) if isinstance(monitor, str) else monitor or self.monitor, None
     if monitor is None: return None
-    if self.rows: self[monitor.name]
+    name,best,better = monitor.name,None,monitor.better
     for row in self.rows:
-        value = row.get(monitor.name)
-        if value is not None and monitor.better(value, found and found[monitor.name]): found = row
+        value = row.get(name)
+        if value is not None and better(value, best): found,best = row,value
+    if self.rows and found is None: self[name] # says so where no row has it
     return found
 
 # %% ../../nbs/30_training/35b_history.ipynb #08a35749
