@@ -26,7 +26,9 @@ class OwnFiles:
     @property
     def size(self) -> int: # Bytes
         "Say how much room would be free without the files of the run; one that has a further name elsewhere frees none."
-        stats = [o.stat() for o in self.own]
+        stats = []
+        for o in self.own:
+            with suppress(FileNotFoundError): stats.append(o.stat())
         names = [(o.st_dev,o.st_ino) for o in stats]
         return sum(o.st_size for k,o in dict(zip(names, stats)).items() if o.st_nlink<=names.count(k))
 
