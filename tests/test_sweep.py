@@ -71,7 +71,7 @@ def child(folder, death, options):
     search(**options)
 
 def begin(*args):
-    "A child, forked from a server that has the libraries loaded."
+    "A child, forked from a server that has the large libraries loaded."
     ctx = mp.get_context('forkserver')
     p = ctx.Process(target=child, args=args)
     p.start()
@@ -88,7 +88,7 @@ DEATHS = {'first write': [('before', 1)], 'first lines': [('half', 2), ('after',
           'stopped': [('interrupted', 7), ('step', 11), ('half', 9)]}
 
 @posix
-@pytest.mark.parametrize('name', DEATHS)
+@pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.slow) if o in ('first lines', 'between values', 'late') else o for o in DEATHS])     # `killed_at_every_write` has these, too
 def test_killed_and_gone_on(place, name):
     "However often it dies, the same command ends with the trials of a sweep that nobody disturbed."
     for death in DEATHS[name]: assert ended(begin(place, death, {}))==(0 if death[0]=='interrupted' else -signal.SIGKILL), death

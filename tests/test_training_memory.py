@@ -82,6 +82,7 @@ def same_trainer(out, folder):
         seen.append(held())
     out.send(seen)
 
+@pytest.mark.slow
 def test_one_trainer_stopped_again_and_again(tmp_path):
     seen = in_a_child(same_trainer, tmp_path)
     assert len(seen)>=40
