@@ -46,10 +46,12 @@ def stumble(why):
     return 1/0
 '''
 
+TOKEN = secrets.token_hex(32)      # one a process, where Ray keeps the first that it has seen
+
 @pytest.fixture(scope='module')
 def cluster():
     "A Ray of two cores with a token of its own, and its address."
-    token = {} if 'RAY_ADDRESS' in os.environ else dict(RAY_AUTH_TOKEN=secrets.token_hex(32))
+    token = {} if 'RAY_ADDRESS' in os.environ else dict(RAY_AUTH_TOKEN=TOKEN)
     with mock.patch.dict('os.environ', token), mock.patch('deep_studio_nb.data.workers.usable_cores', lambda: 2), ray_connected('ray'): yield ray.get_runtime_context().gcs_address
     assert not ray.is_initialized()
 

@@ -13,6 +13,7 @@ from typing import Any
 from fastcore.basics import patch
 from ..common.errors import ConfigError, RunError
 from ..common.processes import launched
+from .launch import WORKER
 from .ray_connection import ray_connected
 from .ray_hands import cluster_share, hire, not_shared, same_view
 
@@ -59,7 +60,7 @@ def _hands(ray:Any, nproc:int, share:tuple[int,int])->Iterator[list]:
     finally: ray.util.remove_placement_group(group) # ends whoever is in it
 
 # %% ../../nbs/50_experiments/58k_ray_ranks.ipynb #911a75f4
-_RANK = 'from deep_studio_nb.cli import main; from deep_studio_nb.experiments.job import end_with_pipe; end_with_pipe(); main()'
+_RANK = 'from deep_studio_nb.experiments.job import end_with_pipe; end_with_pipe()\n'+WORKER
 _PATIENCE = 60. # seconds that the others may take to end
 
 class _Ranks:
