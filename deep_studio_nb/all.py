@@ -37,6 +37,9 @@ from .common.findings import *
 from .common.conditions import *
 from .common.clickable_tables import *
 
+# %% ../nbs/80_front/80_all.ipynb #a193cbc9
+from .common.output import *
+
 # %% ../nbs/80_front/80_all.ipynb #22811a53
 from .data.contract import *
 from .data.description import *

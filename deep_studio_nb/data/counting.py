@@ -6,11 +6,12 @@
 __all__ = ['count_line', 'counting']
 
 # %% ../../nbs/10_data/19b_counting.ipynb #d5ee03c3
-import shutil, sys
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
+from ..common.output import MovingLine, in_notebook
 
 # %% ../../nbs/10_data/19b_counting.ipynb #02b96dca
 def count_line(
@@ -24,13 +25,6 @@ def count_line(
     return f'{done:,} of {total:,} {what}' + (f', {left:.0f} s left' if left is not None and left>=1 else '')
 
 # %% ../../nbs/10_data/19b_counting.ipynb #7c4e3c71
-class _Terminal:
-    "Rewrite one line of a terminal."
-    def __init__(self, file): self.file = file
-    def __call__(self, text):
-        self.file.write('\r\x1b[K' + text[:shutil.get_terminal_size().columns-1])
-        self.file.flush()
-
 class _Notebook:
     "Rewrite one line below a cell."
     shown = None
@@ -39,11 +33,10 @@ class _Notebook:
         if self.shown is None: self.shown = display(Pretty(text), display_id=True)
         else: self.shown.update(Pretty(text))
 
-def _view(file):
+def _shower(file):
     "Choose how to show a moving line; None where it cannot move."
-    if file.isatty(): return _Terminal(file)
-    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    return _Notebook() if hasattr(shell, 'kernel') else None
+    line = MovingLine(file)
+    return line.show if line.moves else _Notebook() if in_notebook() else None
 
 # %% ../../nbs/10_data/19b_counting.ipynb #5126d5c7
 @contextmanager
@@ -54,14 +47,14 @@ def counting(
     wait:float=0.5 # Seconds before the first line
 )->Iterator[Callable[[int,int],None]]: # To be called with the items done and the items in all
     "Show how far a job is while the block runs."
-    view = _view(file or sys.stderr) if show else None
+    shower = _shower(file or sys.stderr) if show else None
     began = perf_counter()
     due,shown = began+wait,False
     def progress(done, total):
         nonlocal due,shown
-        if view is None or (now := perf_counter())<due: return
-        view(count_line(done, total, what, now-began))
+        if shower is None or (now := perf_counter())<due: return
+        shower(count_line(done, total, what, now-began))
         due,shown = now+0.2,True
     try: yield progress
     finally:
-        if shown: view('')
+        if shown: shower('')

@@ -6,14 +6,14 @@
 __all__ = ['fold_row', 'told_fold', 'FoldLines', 'FoldTable', 'pick_fold_view']
 
 # %% ../../nbs/50_experiments/58g_fold_views.ipynb #e32ec169
-import shutil, sys
+import sys
 from html import escape
 from time import monotonic
 from typing import TextIO
 from fastcore.basics import patch
+from ..common.output import MovingLine, in_notebook
 from ..common.tables import Table, cell_text
 from .fold_runs import run_of_fold
-from ..training.views import in_notebook
 
 # %% ../../nbs/50_experiments/58g_fold_views.ipynb #9362cee4
 def _scored(record:dict)->dict[str,float]:
@@ -54,9 +54,7 @@ class FoldLines:
     every = 0.5 # Seconds between two looks, unless a fold has just ended
     def __init__(self,
         file:TextIO|None=None # `sys.stdout` as it is now if None
-    ): self.file,self.shown,self.moves,self.next = file or sys.stdout,set(),False,0.
-
-    def _write(self, text): print('\r\x1b[K'*self.moves + text, file=self.file, flush=True)
+    ): self.line,self.shown = MovingLine(file or sys.stdout),set()
 
     def over(self,
         rows:list[dict] # Of all folds
@@ -65,26 +63,25 @@ class FoldLines:
         for row in rows:
             if row['status'] not in _OVER or row['fold'] in self.shown: continue
             self.shown.add(row['fold'])
-            self._write(told_fold(row))
+            self.line.leave(told_fold(row))
 
-# %% ../../nbs/50_experiments/58g_fold_views.ipynb #52a4e4ca
+# %% ../../nbs/50_experiments/58g_fold_views.ipynb #73b002cb
 @patch
 def begin(self:FoldLines,
     title:str, # What is shown
     rows:list[dict] # As `fold_row` gives them
 ):
     "Get ready; say what is there already."
-    self.moves = getattr(self.file, 'isatty', lambda: False)()
-    self._write(title)
+    self.line.leave(title)
     self.over([o for o in rows if o['status']=='finished'])
 
-# %% ../../nbs/50_experiments/58g_fold_views.ipynb #0513cc3e
+# %% ../../nbs/50_experiments/58g_fold_views.ipynb #affb6df0
 @patch
 def now(self:FoldLines,
     line:str # Where the fold at work is
 ):
     "Show where the fold at work is."
-    if self.moves: print('\r\x1b[K' + line[:shutil.get_terminal_size().columns-1], end='', file=self.file, flush=True)
+    self.line.show(line)
 
 @patch
 def done(self:FoldLines,
@@ -92,7 +89,7 @@ def done(self:FoldLines,
 ):
     "Leave nothing that moves."
     self.over(rows)
-    if self.moves: print('\r\x1b[K', end='', file=self.file, flush=True)
+    self.line.show()
 
 # %% ../../nbs/50_experiments/58g_fold_views.ipynb #7713baef
 class FoldTable:

@@ -6,15 +6,15 @@
 __all__ = ['TrialLines', 'TrialTable', 'pick_sweep_view', 'idle_keys']
 
 # %% ../../nbs/50_experiments/59j_sweep_view.ipynb #9df942d9
-import shutil, sys
+import sys
 from time import monotonic
 from typing import TextIO
 from html import escape
 from fastcore.basics import patch
+from ..common.output import MovingLine, in_notebook
 from ..common.tables import Table, cell_text
 from .summary import near_path, shell_word
 from .trials import Sweep
-from ..training.views import in_notebook
 
 # %% ../../nbs/50_experiments/59j_sweep_view.ipynb #cb155512
 _OVER = 'finished','pruned','failed'
@@ -31,15 +31,12 @@ class TrialLines:
     every = 0.5 # Seconds between two looks, unless a trial has just ended
     def __init__(self,
         file:TextIO|None=None # `sys.stdout` as it is now if None
-    ): self.file,self.shown,self.moves,self.next = file or sys.stdout,set(),False,0.
+    ): self.line,self.shown,self.next = MovingLine(file or sys.stdout),set(),0.
 
     def begin(self, sweep:Sweep):
         "Get ready; say what is there already."
-        self.moves = getattr(self.file, 'isatty', lambda: False)()
         self.shown = {o['trial'] for o in sweep.table() if o['status'] in _OVER}
-        if self.shown: self._write(f'{sweep!r}. It goes on.')
-
-    def _write(self, text:str): print('\r\x1b[K'*self.moves + text, file=self.file, flush=True)
+        if self.shown: self.line.leave(f'{sweep!r}. It goes on.')
 
     def now(self, sweep:Sweep, line:str=''):
         "Show what has ended since, and where the trial at work is."
@@ -48,8 +45,8 @@ class TrialLines:
         for row in sweep.table():
             if row['status'] not in _OVER or row['trial'] in self.shown: continue
             self.shown.add(row['trial'])
-            self._write(_told(row, sweep.monitor.name, best is not None and row['trial']==best.number))
-        if self.moves: print('\r\x1b[K' + line[:shutil.get_terminal_size().columns-1], end='', file=self.file, flush=True)
+            self.line.leave(_told(row, sweep.monitor.name, best is not None and row['trial']==best.number))
+        self.line.show(line)
 
     def done(self, sweep:Sweep):
         "Show what is left to show."

@@ -18,6 +18,7 @@ from torch import nn
 from ..common.errors import RunError
 from ..common.findings import Finding, Report
 from ..common.logs import get_logger
+from ..common.output import in_notebook
 from ..common.pictures import new_picture
 from ..common.processes import world
 from ..common.randomness import rng_state, seed_all, set_rng_state
@@ -33,7 +34,6 @@ from .preflight_plan import estimates, room_findings, schedule_findings, told_by
 from .preflight_start import baseline, batch_findings, input_findings, output_findings, start_findings
 from .preflight_trials import Look, floats_in
 from .trainer import Trainer
-from .views import in_notebook
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = 'Figure'   # the documentation evaluates annotations

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from ..common.errors import DataError
 from ..common.logs import get_logger
+from ..common.output import in_notebook
 from ..common.pictures import new_picture
 from ..common.processes import agreed, is_main
 from ..common.randomness import rng_state, set_rng_state
@@ -28,7 +29,6 @@ from .passes import size_of
 from .progress import Progress
 from .race import Bench, Contender, pick, too_short
 from .switches import Numerics, Switches, combinations, compare_numerics
-from .views import in_notebook
 
 # %% ../../nbs/30_training/37g_speed.ipynb #abba93f2
 @dataclass
