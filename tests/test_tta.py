@@ -211,6 +211,16 @@ def test_a_run_is_scored_by_named_views(moved, tta):
     x, y = next(iter(moved.splits().in_order('test')))
     torch.testing.assert_close(probabilities(ev.preds[:len(x)]), probabilities(tta_outputs(moved.model, x, tta)), atol=1e-5, rtol=1e-4)
 
+@pytest.mark.parametrize('what, tta', [('moved', 2), ('moved', 'flips'), ('masked', 'd4')])
+def test_a_cell_scores_as_the_run_does(what, tta, request):
+    trained = request.getfixturevalue(what)
+    trained = trained[0] if what=='masked' else trained
+    exp = Experiment(trained.config, device='cpu')
+    exp.model.load_state_dict(trained.model.state_dict())
+    here, there = exp.evaluate('test', tta), trained.evaluate('test', tta)
+    assert torch.equal(here.preds, there.preds) and here.ids==there.ids and dict(here.metrics)==pytest.approx(dict(there.metrics))
+    assert here.metrics['loss']!=exp.evaluate('test').metrics['loss']
+
 def test_tables_and_texts_are_refused_in_plain_words(tmp_path):
     (tmp_path/'t.csv').write_text('a,b,price\n'+'\n'.join(f'{i},{i%3},{2*i+1}' for i in range(40)))
     (tmp_path/'x.csv').write_text('text,label\n'+'\n'.join(f'{"good nice" if i%2 else "bad poor"} word{i%5},{"yes" if i%2 else "no"}' for i in range(40)))

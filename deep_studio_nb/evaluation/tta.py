@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'View', 'show_views', 'views_of', 'tta_outputs', 'WithViews', 'draw_seed', 'drawing_loader', 'draw_outputs',
-           'check_tta']
+           'check_tta', 'with_looks']
 
 # %% ../../nbs/40_evaluation/43_tta.ipynb #c1b0b26f
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 import torch
@@ -184,17 +184,18 @@ def draw_outputs(
         for total,(out,*_) in zip(sums, evaluated(model, again, None, device, own_loss=False), strict=True): total.add(out.cpu())
     return [(o.value(),y) for o,y in zip(sums, targets)]
 
-# %% ../../nbs/40_evaluation/43_tta.ipynb #2bd8fc28
+# %% ../../nbs/40_evaluation/43_tta.ipynb #9c4c5d4e
 def check_tta(
     tta:int|str|Sequence[View]|None, # A name of `VIEWS`, a number of random draws, views of your own; None or 0 for none
     task:str|None=None, # What the outputs stand for, where it is known
-    kind:str|None=None # What the inputs are: "image", "table", "text" ...
+    kind:str|None=None, # What the inputs are: "image", "table", "text" ...
+    lists:Mapping[str,list]|None=None # Stage -> its transforms, where they are known: there is nothing to draw unless those of "train" are others
 )->int|list[View]|None: # Draws, or views; None for none
     "Make sense of a wish for test-time augmentation, or refuse it."
     if tta is None or tta is False or tta==0 or tta=='0': return None
     if kind in ('table','text'): raise _only_pictures(tta, kind)
     if isinstance(tta, str) and tta.isdigit(): tta = int(tta)
-    if isinstance(tta, int): return _check_draws(tta, task)
+    if isinstance(tta, int): return _check_draws(tta, task, lists)
     own = isinstance(tta, (list,tuple)) and all(isinstance(o, View) for o in tta)
     if not own and not isinstance(tta, str): raise DataError(f"`tta` is {tta!r}. It is one of {listed(VIEWS)}, a number of random draws, or a list of `View`s.")
     return views_of(tta, task)
@@ -204,7 +205,20 @@ def _only_pictures(tta, kind):
     inputs,one = ('rows of a table','row') if kind=='table' else ('texts','text')
     return DataError(f"`tta` is {tta!r}, but the inputs are {inputs}. It lets a model look at a picture several times, mirrored or cut differently; a {one} has only one way to be read. Leave `tta` out. An ensemble of several runs averages answers about any data.")
 
-def _check_draws(n, task):
+def _check_draws(n, task, lists):
     if isinstance(n, bool) or n<0: raise DataError(f"`tta` is {n!r}. It is one of {listed(VIEWS)}, or a number of random draws, at least 1.")
     if task in ('mask','image'): raise DataError(f"`tta` is {n}, which means draws of the training's random transforms. The answer is a {'mask' if task=='mask' else 'picture'} here, and they know no exact way back to its pixels. Take `flip`, `flips` or `d4`.")
+    if lists is not None and (lists.get('train') or [])==(lists.get('valid') or []): raise DataError(f"`tta` is {n}, which means draws of the training's random transforms, and it has none. Take named views: {listed(VIEWS)}.")
     return n
+
+# %% ../../nbs/40_evaluation/43_tta.ipynb #66544bee
+def with_looks(
+    model:nn.Module, # Any model of pictures
+    loader:Iterable, # Its batches, in a fixed order
+    looks:int|list[View]|None, # As `check_tta` gives it
+    task:str='classes', # What the outputs stand for
+    device:torch.device|None=None # Where the model is; that of its first parameter if None
+)->tuple[nn.Module,Iterable]: # What to put in place of the two: together they give averaged answers
+    "Let `model` look at the batches of `loader` in the ways of `looks`."
+    if isinstance(looks, int): return nn.Identity(),draw_outputs(model, loader, looks, task, device)
+    return (WithViews(model, looks, task) if looks else model),loader

@@ -9,6 +9,7 @@ __all__ = ['Experiment']
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 import torch
 from torch import nn
@@ -130,10 +131,11 @@ def _refuse_second():
 # %% ../../nbs/50_experiments/53_experiment.ipynb #829c3780
 @patch
 def evaluate(self:Experiment,
-    split:str='test' # train, valid or test
+    split:str='test', # train, valid or test
+    tta:Any=None # Views by name (flip, flips, d4, crops, scales), a number of random draws, or `View`s; None for a plain look
 ) -> Evaluation: # Metrics, and one row a sample
     "Score the model as it is on a split."
-    return score_split(self, split)
+    return score_split(self, split, tta)
 
 # %% ../../nbs/50_experiments/53_experiment.ipynb #93b15bd9
 @patch(cls_method=True)

@@ -12,6 +12,7 @@ from ..common.logs import get_logger
 from ..common.pictures import save_picture
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.results import show_confusion, show_results
+from ..evaluation.tta import check_tta, with_looks
 from .run_data import Splits, ids_of
 from .run_folder import RunFolder
 from .together import meet, put_together
@@ -23,13 +24,14 @@ from ..training.resumable import swapped
 # %% ../../nbs/50_experiments/52f_scoring.ipynb #6230ae5b
 def score_split(
     exp:Any, # An experiment, trained or not
-    split:str='test' # train, valid or test
+    split:str='test', # train, valid or test
+    tta:Any=None # Test-time augmentation, as for `check_tta`; None for a plain look
 ) -> Evaluation: # Metrics, and one row a sample
     "Score the model of an experiment as it is, on a split."
     loss,metrics = getattr(exp.trainer, 'loss_fn', None),getattr(exp.trainer, 'metrics', ())
-    loader = exp.data.in_order(split)
-    return evaluate(exp.model, loader, loss, metrics, exp.device, ids=lambda: ids_of(loader),
-                    classes=exp.data.classes, split=split, task=exp.data.facts.get('task'))
+    loader,task = exp.data.in_order(split),exp.data.facts.get('task')
+    looks = check_tta(tta, task, exp.data.facts.get('input'), exp.data.lists)
+    return evaluate(*with_looks(exp.model, loader, looks, task or 'classes', exp.device), loss, metrics, exp.device, ids=lambda: ids_of(loader), classes=exp.data.classes, split=split, task=task)
 
 # %% ../../nbs/50_experiments/52f_scoring.ipynb #a143bb45
 def shows_pictures(

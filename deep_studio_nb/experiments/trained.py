@@ -17,7 +17,7 @@ from ..common.config import Config
 from ..common.devices import pick_device
 from ..common.errors import CheckpointError, DataError, listed
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.tta import VIEWS, View, WithViews, check_tta, draw_outputs
+from ..evaluation.tta import View, check_tta, with_looks
 from .build import build_data, learn_names
 from .run_data import Splits, ids_of
 from .run_folder import RunFolder, find_run
@@ -113,10 +113,7 @@ def looks(self:Trained,
     tta:Any=None # As for `check_tta`
 ) -> int|list[View]|None: # Random draws, or views; None for a plain look
     "Make sense of a wish for test-time augmentation, or refuse it."
-    looks = check_tta(tta, self.task, self.facts.get('input'))
-    if isinstance(looks, int) and (self.lists.get('train') or [])==(self.lists.get('valid') or []):
-        raise DataError(f'`tta` is {looks}, which means draws of the random transforms of the training, and `{self.title}` was trained without any. Take named views: {listed(VIEWS)}.')
-    return looks
+    return check_tta(tta, self.task, self.facts.get('input'), self.lists)
 
 @patch
 def evaluate(self:Trained,
@@ -125,11 +122,8 @@ def evaluate(self:Trained,
 ) -> Evaluation: # Metrics, and one row a sample
     "Score the model on a split of the data it was trained on."
     looks,data = self.looks(tta),self.splits()
-    model,loader = self.model,data.in_order(split)
-    batches = loader
-    if isinstance(looks, int): model,batches = nn.Identity(),draw_outputs(model, loader, looks, self.task, self.device)
-    elif looks: model = WithViews(model, looks, self.task)
-    return evaluate(model, batches, **self.judged(data.facts), device=self.device, ids=lambda: ids_of(loader), classes=self.classes, split=split, task=data.facts.get('task'))
+    loader = data.in_order(split)
+    return evaluate(*with_looks(self.model, loader, looks, self.task, self.device), **self.judged(data.facts), device=self.device, ids=lambda: ids_of(loader), classes=self.classes, split=split, task=data.facts.get('task'))
 
 # %% ../../nbs/50_experiments/54_trained.ipynb #ce0d81ad
 @patch
