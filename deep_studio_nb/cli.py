@@ -81,20 +81,26 @@ def train(
     on:str=typer.Option(None, '--on', metavar='ray[://ADDRESS]', help='Where these processes are: on a Ray cluster instead of this machine.'),
     trust_code:bool=typer.Option(False, '--trust-code', help='Run the code that a run has kept of its notebook.'),
     told:str=typer.Option(None, '--told', hidden=True),
+    source:str=typer.Option(None, '--source', hidden=True),
 ):
     """Train what CONFIG describes.
 
     For example: deep-studio train configs/quickstart.yaml trainer.epochs=3"""
     config,overrides = config_and_overrides(words or [], config)
     if resume in (None,'auto') and config is None: raise typer.BadParameter('What should be trained? Give a config, e.g. configs/quickstart.yaml, or --resume RUN.')
-    if on or (nproc or 1)>1: return _in_processes(nproc or 1, on, config, overrides, resume=resume, name=name, device=device, told=told, trust_code=trust_code)
+    if on or (nproc or 1)>1: return _in_processes(nproc or 1, on, config, overrides, resume=resume, name=name, device=device, told=told, source=source, trust_code=trust_code)
     from deep_studio_nb.experiments.experiment import Experiment
+    if source: _know(source)
     given = dict(name=name, device=device, trust_code=trust_code)
     if resume in (None,'auto'): exp = (Experiment.auto if resume else Experiment)(config, *overrides, **given)
     else: exp = Experiment.resume(resume, *overrides, config=config, **given)
     exp.fit()
     _leave(exp, told)
     return 130 if exp.trainer.stopped else 0
+
+def _know(source): # what the notebook that has started this process defines
+    from deep_studio_nb.experiments.trusted_code import run_source
+    run_source(Path(source).read_text(encoding='utf-8'))
 
 def _leave(exp, told): # the first of several processes speaks for all
     from deep_studio_nb.common.processes import end, is_main

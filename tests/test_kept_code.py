@@ -226,3 +226,41 @@ def test_a_script_is_kept_like_a_notebook(tmp_path):
     assert done.returncode == 0, done.stderr
     done = process("import sys\nfrom deep_studio_nb.experiments.trained import load_trained\nprint(load_trained('points', trust_code=True).evaluate('valid').metrics)", cwd=tmp_path)
     assert done.returncode == 0 and 'accuracy' in done.stdout, done.stderr
+
+
+# --- processes that the notebook starts ---
+
+def test_processes_of_the_notebook_know_its_classes(tmp_path):
+    "Folds side by side, and one training of two processes: they are told the source, and need no word."
+    out = notebook(tmp_path, *CELLS, '''
+        tiny = dict(config, trainer=dict(config['trainer'], epochs=1))
+        kfold(tiny, folds=2, jobs=2, name='apart')
+        kfold(tiny, folds=2, name='here')
+        launch(dict(tiny, name='two'), nproc=2);
+    ''', '''
+        shift = torch.zeros(2)
+        @LOSSES.register
+        def moved(preds, target): return F.cross_entropy(preds+shift, target)
+        for start in (lambda: kfold(tiny, 'loss=moved', folds=2, jobs=2, name='refused'), lambda: launch(tiny, 'loss=moved', nproc=2), lambda: sweep(tiny, dict(loss=['moved', 'sharp']), jobs=2, trials=1, name='never')):
+            try: start()
+            except RunError as e: print(e)
+    ''')
+    runs = tmp_path/'experiments'
+    for k in range(2):
+        apart, alone = runs/'apart'/f'fold-{k}', runs/'here'/f'fold-{k}'
+        assert same(weights(apart), weights(alone)) and (apart/'code'/'notebook.py').read_bytes()==(alone/'code'/'notebook.py').read_bytes()
+    record = RunFolder(runs/'two').read()
+    assert (record['status'], record['processes'], record['code']['parts']['model'], record['config'].get('imports') or []) == ('finished', 2, ['Net'], [])
+    assert out[-1].count('`shift`, which `moved` uses, is a Tensor') == out[-1].count('in this process alone') == 3, out[-1]
+    assert not list(runs.glob('refused/*/manifest.json')) and not list(runs.glob('never/*/manifest.json'))
+
+
+@pytest.mark.slow
+def test_trials_and_the_proof_of_resuming_know_them_too(tmp_path):
+    out = notebook(tmp_path, *CELLS, '''
+        found = sweep(config, {'loss': ['sharp', 'cross_entropy'], 'optimizer.args.lr': [0.01, 0.02]}, jobs=2, sampler='grid', trials=4)
+        print([o['status'] for o in found.table()])
+        print('verified', verify_resume(config))
+    ''')
+    assert "['finished', 'finished', 'finished', 'finished']" in out[-1] and 'verified' in out[-1], out[-1]
+    assert len(list((tmp_path/'experiments').glob('*-sweep/*/code/notebook.py'))) == 4

@@ -27,6 +27,7 @@ from .out_of_fold import OutOfFold, out_of_fold, whole_scores
 from .recipes import Spread
 from .run_folder import RunFolder
 from .summary import near_path
+from .trusted_code import source_for
 from ..training.losses import build_loss
 from ..training.metrics import build_metrics
 
@@ -105,7 +106,8 @@ def _together(self:CrossValidation, view, jobs, on):
         rows,looked = self.table(),monotonic()
         view.over(rows)
         view.now(', '.join(f'fold {o["fold"]} at epoch {o["epochs"] or 0}' for o in rows if o['status']=='running') or f'{n} at work')
-    work = [Job(f'{train_fold.__module__}:train_fold', dict(config=self.plan.config(k), code=self.code), self.folder/'logs'/f'fold-{k}.log', f'fold {k}') for k in range(len(self.plan))]
+    source = source_for(self.plan.config(0))
+    work = [Job(f'{train_fold.__module__}:train_fold', dict(config=self.plan.config(k), code=self.code), self.folder/'logs'/f'fold-{k}.log', f'fold {k}', source) for k in range(len(self.plan))]
     for k,o in enumerate(run_jobs(work, jobs, on, seen)):
         if o.code==130: self.stopped = True
         elif o.code: self.errors[k] = o.error.strip().partition('\n')[0]

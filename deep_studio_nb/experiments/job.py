@@ -22,6 +22,7 @@ class Job:
     args:dict # What it is called with, by name; as JSON knows it
     log:Path # What it prints is added to this file
     name:str # For messages, e.g. `fold 3`
+    source:str='' # A module with what the function needs of the notebook that starts it, from `source_for`
 
 @dataclass
 class Ended:
@@ -33,11 +34,16 @@ class Ended:
 # %% ../../nbs/50_experiments/58_job.ipynb #561f5021
 def call_job(
     function:str, # `module:name`
-    args:dict # By name
+    args:dict, # By name
+    source:str='' # A module to run before
 )->int: # 0 when it is done, 130 when it was stopped, 1 when it failed
     "Call the function of a job in this process, and print what goes wrong."
     module,_,name = function.partition(':')
-    try: return 130 if getattr(import_module(module), name)(**args) is False else 0
+    try:
+        if source:
+            from deep_studio_nb.experiments.trusted_code import run_source   # takes a while to import, and few need it
+            run_source(source)
+        return 130 if getattr(import_module(module), name)(**args) is False else 0
     except KeyboardInterrupt: return 130
     except StudioError as e: print(f'Error: {e}', flush=True)
     except Exception as e:
@@ -50,7 +56,7 @@ def job_line(
     job:Job # What to do
 )->bytes: # Ends with a newline
     "Write down a job for `work_as_child`."
-    return json.dumps(dict(function=job.function, args=job.args)).encode()+b'\n'
+    return json.dumps(dict(function=job.function, args=job.args, source=job.source)).encode()+b'\n'
 
 def _read_job()->dict:
     "Read the line that says what there is to do."

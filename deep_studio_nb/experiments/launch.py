@@ -13,10 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from ..common.config import Config
 from ..common.errors import ConfigError, RunError
+from ..common.files import write_text
 from ..common.processes import launched, start_processes
 from ..data.workers import usable_cores
 from .build import learn_names
+from .run_config import RunConfig
 from .run_folder import RunFolder
+from .trusted_code import source_for
 from ..training.history import History
 
 # %% ../../nbs/50_experiments/56_launch.ipynb #c2543bc8
@@ -73,10 +76,11 @@ def _code(failures:dict, nproc:int)->int:
 def _written(config:str|Path|dict|Config, overrides:tuple[str,...], folder:str)->list[str]:
     "Check a config, and say on the command line what it is."
     learn_names()
-    Config.read(config, *overrides).check()
-    if isinstance(config, (str, Path)): return [str(config), *overrides]
-    cfg = config if isinstance(config, Config) else Config(config)
-    return [str(cfg.save(Path(folder)/"config.yaml")), *overrides]
+    source = source_for(Config.read(config, *overrides).check().data)
+    more = ["--source", str(write_text(Path(folder)/"source.py", source))] if source else []
+    if isinstance(config, (str, Path)): return [str(config), *overrides, *more]
+    if isinstance(config, RunConfig) and config.unwritten: config.save(Path(folder)/"config.yaml")   # says what cannot be written
+    return [str(Config(config).save(Path(folder)/"config.yaml")), *overrides, *more]
 
 def _listened(command:list[str])->tuple[int,str]: # Exit code, and the last that was said
     "Run a command, and print what it says as it says it; pass Ctrl-C on."

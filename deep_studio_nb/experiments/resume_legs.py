@@ -17,6 +17,7 @@ from ..common.logs import logging_to
 from ..data.loaders import BaseDataLoader
 from .experiment import Experiment
 from .prints import own_state, state_prints
+from .trusted_code import source_for
 from ..training.batches import length_of
 from ..training.checkpoints import load_checkpoint, save_checkpoint
 from ..training.events import Callback
@@ -101,7 +102,7 @@ def train_leg(
     return dict(begun=begun, steps=witness.steps, marks=marker.marks)
 
 # %% ../../nbs/50_experiments/56b_resume_legs.ipynb #97b0f689
-_CHILD = 'import json, sys; task = json.load(open(sys.argv[1])); sys.path[:] = task["path"]; from deep_studio_nb.experiments.resume_legs import train_leg; json.dump(train_leg(task), open(sys.argv[2], "w"))'
+_CHILD = 'import json, sys; task = json.load(open(sys.argv[1])); sys.path[:] = task["path"]; from deep_studio_nb.experiments.trusted_code import run_source; from deep_studio_nb.experiments.resume_legs import train_leg; task["source"] and run_source(task["source"]); json.dump(train_leg(task), open(sys.argv[2], "w"))'
 
 def train_leg_apart(
     task:Mapping[str,Any], # As for `train_leg`; plain data
@@ -109,7 +110,7 @@ def train_leg_apart(
 )->dict: # As `train_leg` gives it
     "Train to the last of some places, in a process of its own."
     asked,told = folder/'task.json',folder/'told.json'
-    asked.write_text(json.dumps({**task, 'path': [o or os.getcwd() for o in sys.path]}))
+    asked.write_text(json.dumps({**task, 'path': [o or os.getcwd() for o in sys.path], 'source': source_for(task['config'])}))
     done = subprocess.run([sys.executable, '-c', _CHILD, str(asked), str(told)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode==0: return json.loads(told.read_text())
     why = (done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]

@@ -19,6 +19,7 @@ from .trials import Sweep
 from .variants import Variants
 import deep_studio_nb.experiments.sweep_plots, deep_studio_nb.experiments.trying  # noqa: F401 (methods of `Sweep`)
 from .sweep_view import TrialLines, TrialTable, pick_sweep_view
+from .trusted_code import source_for
 
 # %% ../../nbs/50_experiments/59k_sweeps.ipynb #c3627ea1
 def _budget(trials:int|None, minutes:float|None, jobs:int, most:int|None)->float|None: # The moment after which no trial begins
@@ -52,7 +53,8 @@ def work_on(
 # %% ../../nbs/50_experiments/59k_sweeps.ipynb #1f5691e8
 def _work_together(sweep:Sweep, jobs:int, on:str|None, trials:int|None, until:float|None)->bool: # Whether it came to its end
     "Have several processes work on a sweep."
-    todo = [Job('deep_studio_nb.experiments.sweeps:work_on', dict(plan=sweep.plan(trials, until)), sweep.folder/'logs'/f'process-{i}.log', f'process {i}') for i in range(jobs)]
+    plan = sweep.plan(trials, until)
+    todo = [Job('deep_studio_nb.experiments.sweeps:work_on', dict(plan=plan), sweep.folder/'logs'/f'process-{i}.log', f'process {i}', source_for(plan)) for i in range(jobs)]
     ended = run_jobs(todo, jobs, on, seen=lambda n: sweep.view.now(sweep, f'{n} processes at work'))
     if errors := [o.error for o in ended if o.error]: raise RunError(f'The processes could not work on the sweep: {errors[-1]}')
     return all(o.code==0 for o in ended)
