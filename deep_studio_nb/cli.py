@@ -69,7 +69,7 @@ def main(
     except KeyboardInterrupt: code = 130
     return sys.exit(code or 0)
 
-# %% ../nbs/80_front/81_cli.ipynb #99eb7230
+# %% ../nbs/80_front/81_cli.ipynb #9fa0e633
 @app.command()
 def train(
     words:list[str]=typer.Argument(None, metavar='CONFIG [KEY=VALUE]', help='The config and overrides of its keys.', show_default=False),
@@ -98,11 +98,12 @@ def train(
     _leave(exp, told)
     return 130 if exp.trainer.stopped else 0
 
+# %% ../nbs/80_front/81_cli.ipynb #4c219849
 def _know(source): # what the notebook that has started this process defines
     from deep_studio_nb.experiments.trusted_code import run_source
     run_source(Path(source).read_text(encoding='utf-8'))
 
-def _leave(exp, told): # the first of several processes speaks for all
+def _leave(exp, told): # the first of several speaks for all, and leaves where the run is
     from deep_studio_nb.common.processes import end, is_main
     if is_main():
         print(exp.summary())

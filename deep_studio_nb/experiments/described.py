@@ -22,7 +22,7 @@ from ..common.registry import Registry
 from ..common.sources import same_part
 from .kept_code import is_loose
 
-# %% ../../nbs/50_experiments/53a_described.ipynb #580fb900
+# %% ../../nbs/50_experiments/53a_described.ipynb #ab716575
 _LOOSE_ENDS = 'training','generator' # attributes that say nothing of how an object was made
 
 def _unlike_items(a, b, where, weights, seen):
@@ -38,6 +38,7 @@ def _around(fn):
     "What a function knows besides its code."
     return fn.__defaults__,fn.__kwdefaults__,[o.cell_contents for o in fn.__closure__ or ()]
 
+# %% ../../nbs/50_experiments/53a_described.ipynb #467cf639
 def unlike_at(
     a:Any, # An object
     b:Any, # Another
@@ -129,7 +130,7 @@ def _same(value, default):
     except ConfigError: return False
     return value==default and type(value) is type(default)
 
-# %% ../../nbs/50_experiments/53a_described.ipynb #bf56d4eb
+# %% ../../nbs/50_experiments/53a_described.ipynb #7c38a79d
 def as_spec(
     name:str, # Of a type
     args:dict # Plain data
@@ -137,6 +138,12 @@ def as_spec(
     "Write a name and arguments, the name alone where there are none."
     return dict(type=name, args=args) if args else name
 
+def _bound(fn, given, inner):
+    "The arguments of a `partial`, by name."
+    names = list(inspect.signature(fn.func).parameters)[given:]
+    return {k: plain_value(v, inner) for k,v in {**dict(zip(names, fn.args)), **fn.keywords}.items()}
+
+# %% ../../nbs/50_experiments/53a_described.ipynb #7b9a2280
 def described(
     obj:Any, # A class, a function, a `partial`, or an object; a name or a spec is given back
     registry:Registry, # Where its class or function has a name
@@ -156,11 +163,6 @@ def described(
     except Exception as e: where = e
     if where: raise ConfigError(_not_found(obj, spec, where, {} if isinstance(obj, partial) else lost))
     return spec
-
-def _bound(fn, given, inner):
-    "The arguments of a `partial`, by name."
-    names = list(inspect.signature(fn.func).parameters)[given:]
-    return {k: plain_value(v, inner) for k,v in {**dict(zip(names, fn.args)), **fn.keywords}.items()}
 
 def _not_found(obj, spec, where, lost):
     "Say which arguments could not be found, and what to do."

@@ -81,7 +81,7 @@ def _unpack(pack, entries, hashes, room, show):
             done += info.file_size
             progress(done//10**6, total//10**6)
 
-# %% ../../nbs/50_experiments/55g_opening.ipynb #ece3584f
+# %% ../../nbs/50_experiments/55g_opening.ipynb #4cdb14ab
 @contextmanager
 def _saying(file) -> Iterator[None]:
     "Turn what can go wrong with a zip into one kind of error."
@@ -104,6 +104,7 @@ def _settle(room, name, to, file) -> RunFolder:
         raise
     return RunFolder(place)
 
+# %% ../../nbs/50_experiments/55g_opening.ipynb #c1d97a6d
 def open_run_zip(
     file:str|Path, # A zip from `export_run` or `archive`
     to:str|Path='experiments', # The folder that shall hold the run

@@ -59,7 +59,7 @@ def _work_together(sweep:Sweep, jobs:int, on:str|None, trials:int|None, until:fl
     if errors := [o.error for o in ended if o.error]: raise RunError(f'The processes could not work on the sweep: {errors[-1]}')
     return all(o.code==0 for o in ended)
 
-# %% ../../nbs/50_experiments/59k_sweeps.ipynb #cd9c2e08
+# %% ../../nbs/50_experiments/59k_sweeps.ipynb #df5148cb
 @patch
 def save_table(self:Sweep)->Path: # Of the file
     "Write all trials into `trials.csv`, with their runs and errors."
@@ -70,6 +70,7 @@ def save_table(self:Sweep)->Path: # Of the file
     writer.writerows(rows)
     return write_text(self.folder/'trials.csv', out.getvalue())
 
+# %% ../../nbs/50_experiments/59k_sweeps.ipynb #e571411b
 @patch
 def run(self:Sweep,
     trials:int|None=None, # In all, those that are there already included
