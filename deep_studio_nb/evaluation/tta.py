@@ -189,13 +189,14 @@ def check_tta(
     tta:int|str|Sequence[View]|None, # A name of `VIEWS`, a number of random draws, views of your own; None or 0 for none
     task:str|None=None, # What the outputs stand for, where it is known
     kind:str|None=None, # What the inputs are: "image", "table", "text" ...
-    lists:Mapping[str,list]|None=None # Stage -> its transforms, where they are known: there is nothing to draw unless those of "train" are others
+    lists:Mapping[str,list]|None=None, # Stage -> its transforms, where they are known: there is nothing to draw unless those of "train" are others
+    name:str='the model' # For messages
 )->int|list[View]|None: # Draws, or views; None for none
     "Make sense of a wish for test-time augmentation, or refuse it."
     if tta is None or tta is False or tta==0 or tta=='0': return None
     if kind in ('table','text'): raise _only_pictures(tta, kind)
     if isinstance(tta, str) and tta.isdigit(): tta = int(tta)
-    if isinstance(tta, int): return _check_draws(tta, task, lists)
+    if isinstance(tta, int): return _check_draws(tta, task, lists, name)
     own = isinstance(tta, (list,tuple)) and all(isinstance(o, View) for o in tta)
     if not own and not isinstance(tta, str): raise DataError(f"`tta` is {tta!r}. It is one of {listed(VIEWS)}, a number of random draws, or a list of `View`s.")
     return views_of(tta, task)
@@ -205,10 +206,10 @@ def _only_pictures(tta, kind):
     inputs,one = ('rows of a table','row') if kind=='table' else ('texts','text')
     return DataError(f"`tta` is {tta!r}, but the inputs are {inputs}. It lets a model look at a picture several times, mirrored or cut differently; a {one} has only one way to be read. Leave `tta` out. An ensemble of several runs averages answers about any data.")
 
-def _check_draws(n, task, lists):
+def _check_draws(n, task, lists, name):
     if isinstance(n, bool) or n<0: raise DataError(f"`tta` is {n!r}. It is one of {listed(VIEWS)}, or a number of random draws, at least 1.")
     if task in ('mask','image'): raise DataError(f"`tta` is {n}, which means draws of the training's random transforms. The answer is a {'mask' if task=='mask' else 'picture'} here, and they know no exact way back to its pixels. Take `flip`, `flips` or `d4`.")
-    if lists is not None and (lists.get('train') or [])==(lists.get('valid') or []): raise DataError(f"`tta` is {n}, which means draws of the training's random transforms, and it has none. Take named views: {listed(VIEWS)}.")
+    if lists is not None and (lists.get('train') or [])==(lists.get('valid') or []): raise DataError(f"`tta` is {n}, which means draws of the training's random transforms, and {name} was trained without any. Take named views: {listed(VIEWS)}.")
     return n
 
 # %% ../../nbs/40_evaluation/43_tta.ipynb #66544bee

@@ -113,7 +113,7 @@ def looks(self:Trained,
     tta:Any=None # As for `check_tta`
 ) -> int|list[View]|None: # Random draws, or views; None for a plain look
     "Make sense of a wish for test-time augmentation, or refuse it."
-    return check_tta(tta, self.task, self.facts.get('input'), self.lists)
+    return check_tta(tta, self.task, self.facts.get('input'), self.lists, f'`{self.title}`')
 
 @patch
 def evaluate(self:Trained,
