@@ -3,7 +3,7 @@
 The processes are forked from a server that has loaded what most notebooks use, though nothing of ours, so a notebook starts in a moment and
 still shares no state with any other. A failure shows the cell's number, id and source, the notebook's own frames and what the cell printed.
 """
-import multiprocessing as mp, os, re, shutil, sys, tempfile, traceback
+import multiprocessing as mp, os, re, shutil, signal, sys, tempfile, traceback
 from pathlib import Path
 import pytest
 
@@ -17,6 +17,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 
 def pytest_configure(config):
     "Say what processes begin with, and keep what is remembered of files out of the user's own cache."
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell in the background has its children ignore Ctrl-C
     mp.get_context('forkserver').set_forkserver_preload(PRELOAD)   # before the first test that wants the server, whichever that is
     if 'DEEP_STUDIO_CACHE' in os.environ: return   # set by the user, or by the process that started this worker
     os.environ['DEEP_STUDIO_CACHE'] = folder = tempfile.mkdtemp(prefix='deep-studio-cache-')

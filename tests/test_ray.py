@@ -134,23 +134,51 @@ import sys
 from pathlib import Path
 from deep_studio_nb.experiments.job import Job
 from deep_studio_nb.experiments.jobs import run_jobs
-if __name__=='__main__': sys.exit(max(o.code for o in run_jobs([Job('ray_chores:count', dict(name=o, to=2000, seconds=0.05), Path(f'logs/{o}.log'), o) for o in 'abc'], at_once=3, on=sys.argv[1])))
+if __name__=='__main__': sys.exit(max(o.code for o in run_jobs([Job('ray_chores:count', dict(name=o, to=int(sys.argv[2]), seconds=0.05), Path(f'logs/{o}.log'), o) for o in 'abc'], at_once=3, on=sys.argv[1])))
 '''
 
 def test_ctrl_c(cluster, place):
     "Those at work save what they have; the third, for which there is no core, does not begin."
-    parent = driver(PARENT, f'ray:{cluster}')
+    parent = driver(PARENT, f'ray:{cluster}', '2000')
     wait_for(lambda: sum(bool(pids_of(o)) for o in 'abc')==2)
     parent.send_signal(signal.SIGINT)
     assert parent.wait(60)==130, parent.stdout.read()
     assert [sum(Path(f'{o}.{end}').exists() for o in 'abc') for end in ('stopped', 'txt')]==[2, 2]
 
 def test_the_parent_is_killed(cluster, place):
-    parent = driver(PARENT, f'ray:{cluster}')
+    parent = driver(PARENT, f'ray:{cluster}', '2000')
     wait_for(lambda: sum(bool(pids_of(o)) for o in 'abc')==2)
     parent.kill()
     parent.wait()
     wait_for(lambda: all(gone(pids_of(o)[0]) for o in 'abc' if pids_of(o)))
+
+@pytest.fixture
+def client_port(cluster):
+    "A client port of the cluster, for those who are outside of it."
+    pytest.importorskip('grpc', reason='the client port of Ray needs grpcio. Run: pip install "deep_studio_nb[ray]"')
+    from ray.util.client.server.server import serve, shutdown_with_server
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    server = serve('127.0.0.1', port)
+    yield f'ray://127.0.0.1:{port}'
+    shutdown_with_server(server.grpc_server, False)
+
+def test_from_outside(client_port, place):
+    parent = driver(PARENT, client_port, '3')
+    assert parent.wait(120)==0, parent.stdout.read()
+    assert [Path(f'{o}.txt').read_text().split() for o in 'abc']==[['0', '1', '2']]*3
+    assert all(Path(f'logs/{o}.log').read_text()=='counted to 3\n' for o in 'abc')
+
+@pytest.mark.slow
+def test_from_outside_without_the_token(client_port, place, monkeypatch):
+    monkeypatch.delenv('RAY_AUTH_TOKEN')
+    monkeypatch.delenv('RAY_AUTH_MODE', raising=False)
+    monkeypatch.setenv('HOME', str(place))       # where Ray looks for a token, too
+    parent = driver(PARENT, client_port, '3')
+    assert parent.wait(120)==1
+    said = parent.stdout.read()
+    assert 'No cluster of Ray answers' in said and 'RAY_AUTH_TOKEN' in said and not Path('a.txt').exists()
 
 # --- sweeps ---
 

@@ -40,6 +40,8 @@ def _knock(address:str, seconds:float):
     except OverflowError: _refuse(address, 'there is no such port')
 
 # %% ../../nbs/50_experiments/58b_ray_connection.ipynb #9e6d855c
+_TOKEN = 'which Ray takes from `RAY_AUTH_TOKEN` when `RAY_AUTH_MODE=token`'
+
 def check_answers(
     address:str, # As Ray knows it
     seconds:float=30. # To wait at most
@@ -47,8 +49,8 @@ def check_answers(
     "Refuse a cluster that does not answer."
     if address!='auto': _knock(address, min(seconds, 5.))
     try: done = subprocess.run([sys.executable, '-c', _TRY, address], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', timeout=seconds)
-    except subprocess.TimeoutExpired: _refuse(address, f'something is there, but it said nothing in {seconds:g} seconds')
-    if 'InvalidAuthToken' in done.stderr: _refuse(address, 'it asks for its token, which Ray takes from `RAY_AUTH_TOKEN` when `RAY_AUTH_MODE=token`')
+    except subprocess.TimeoutExpired: _refuse(address, f'something is there, but it said nothing in {seconds:g} seconds. It may be busy, or ask for its token, {_TOKEN}')
+    if 'InvalidAuthToken' in done.stderr: _refuse(address, f'it asks for its token, {_TOKEN}')
     if done.returncode: _refuse(address, ([o.strip() for o in done.stderr.splitlines() if o.strip()] or ['the process that tried was ended'])[-1])
 
 # %% ../../nbs/50_experiments/58b_ray_connection.ipynb #b72e992e
