@@ -88,7 +88,7 @@ DEATHS = {'first write': [('before', 1)], 'first lines': [('half', 2), ('after',
           'stopped': [('interrupted', 7), ('step', 11), ('half', 9)]}
 
 @posix
-@pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.slow) if o in ('first lines', 'between values', 'late') else o for o in DEATHS])     # `killed_at_every_write` has these, too
+@pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.slow) if o in ('first write', 'first lines', 'between values', 'late', 'epoch told') else o for o in DEATHS])     # `killed_at_every_write` has these, too
 def test_killed_and_gone_on(place, name):
     "However often it dies, the same command ends with the trials of a sweep that nobody disturbed."
     for death in DEATHS[name]: assert ended(begin(place, death, {}))==(0 if death[0]=='interrupted' else -signal.SIGKILL), death
