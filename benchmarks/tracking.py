@@ -130,7 +130,7 @@ def main():
     about = (f'A tiny MLP ({FEATURES}, 32, {CLASSES}), batches of {BATCH}, SGD, {args.steps} steps an epoch, {args.rounds} paired turns of {args.epochs} epochs, medians, {args.threads} thread, '
              f'{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}. Each turn ends when everything has been sent. The processor time is that of the '
              "whole process with all its threads. The start, once for a run and beside the training, is not in the steps; it includes the library's import, and for MLflow the making of the store.")
-    note = f'Made by `python benchmarks/tracking.py --write`. The claim is {LIMIT} at most, with any one tracker and with all of them.'
+    note = f'Made by `python benchmarks/tracking.py --write`. The claim is {LIMIT} at most, with any one tracker and with all of them. Turns of one training differ by some percent on a machine that is shared; what history and trackers use themselves is counted in `tracking_counted.md`.'
     if args.write: target.write_text('\n\n'.join(['# History and tracking', about, '\n'.join(lines), note]) + '\n')
     print(f'\nHistory and tracking cost at most {worst[0]:.3f} of a step, {worst[1]:.3f} of its processor time; the claim is {LIMIT}.')
     return int(worst[0]>LIMIT)
