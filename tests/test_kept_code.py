@@ -260,7 +260,7 @@ def test_trials_and_the_proof_of_resuming_know_them_too(tmp_path):
     out = notebook(tmp_path, *CELLS, '''
         found = sweep(config, {'loss': ['sharp', 'cross_entropy'], 'optimizer.args.lr': [0.01, 0.02]}, jobs=2, sampler='grid', trials=4)
         print([o['status'] for o in found.table()])
-        print('verified', verify_resume(config))
+        print('exact', verify_resume(config).exact)
     ''')
-    assert "['finished', 'finished', 'finished', 'finished']" in out[-1] and 'verified' in out[-1], out[-1]
+    assert "['finished', 'finished', 'finished', 'finished']" in out[-1] and 'exact True' in out[-1], out[-1]
     assert len(list((tmp_path/'experiments').glob('*-sweep/*/code/notebook.py'))) == 4

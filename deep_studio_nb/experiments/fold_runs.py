@@ -6,7 +6,7 @@
 __all__ = ['run_of_fold', 'keep_held_out', 'where_folds_are', 'held_out', 'FoldWatch', 'train_fold', 'let_go']
 
 # %% ../../nbs/50_experiments/58f_fold_runs.ipynb #a75b0a83
-import gc, io, json, re, sys
+import gc, json, re, sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..common.config import Config
 from ..common.devices import using_threads
 from ..common.errors import RunError
 from ..common.files import atomic_path
+from ..common.output import Nowhere
 from ..common.types import Metrics
 from ..evaluation.evaluate import Evaluation
 from .experiment import Experiment
@@ -112,10 +113,6 @@ class FoldWatch(Callback):
         value = f': {monitor.name} {row[monitor.name]:.4g}' if monitor and row.get(monitor.name) is not None else ''
         self.tell(f'epoch {row["epoch"]} of {trainer.epochs}{value}')
 
-class _Nowhere(io.TextIOBase):
-    "Take what a run prints, and keep none of it."
-    def write(self, text): return len(text)
-
 # %% ../../nbs/50_experiments/58f_fold_runs.ipynb #b530b27e
 def _take(cfg:Config, run:RunFolder|None)->Experiment:
     "An experiment in the folder of the run that is there, or in a new one."
@@ -130,7 +127,7 @@ def _train(cfg:Config, run:RunFolder|None, tell:Any)->bool:
         exp = _take(cfg, run)
         if tell: exp.trainer.callbacks[:] = [o for o in exp.trainer.callbacks if not isinstance(o, Progress)]
     if tell: exp.trainer.add(FoldWatch(tell, said))
-    with redirect_stdout(_Nowhere() if tell else sys.stdout): exp.fit()
+    with redirect_stdout(Nowhere() if tell else sys.stdout): exp.fit()
     if exp.trainer.stopped: return False
     with using_threads(exp.config.get('trainer.threads')), swapped(exp.model, kept_best(exp)): keep_held_out(exp.folder, score_split(exp, 'valid'))
     return True

@@ -142,6 +142,11 @@ class Carried:
         body = '\n\n'.join(o.rstrip('\n') for o in self.body)
         return '"""Classes and functions of a notebook, kept as they were when a run used them"""\n\n' + '\n'.join([*sorted(self.imports), '', body, ''])
 
+    @property
+    def lacks(self) -> list[str]: # One line each
+        "Say what is missing, for people."
+        return [f'`{k}`{"," if v.startswith("which") else ""} {v}' for k,v in self.missing.items()]
+
 # %% ../../nbs/50_experiments/50b_kept_code.ipynb #8ba3dab3
 @patch
 def add(self:Carried,

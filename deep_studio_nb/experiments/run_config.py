@@ -34,7 +34,7 @@ class RunConfig(Config):
         "Save the config, and beside it the classes and functions of the notebook that it names."
         path,lacks = Path(path),[str(o) for o in self.unwritten]
         made = carry(loose_parts(self.data))
-        lacks += [f'`{k}`{"," if v.startswith("which") else ""} {v}' for k,v in made.missing.items()]
+        lacks += made.lacks
         if lacks and not partly: raise ConfigError('This config would not be the whole, as not everything can be written as data:\n' + '\n'.join(f'  {o}' for o in lacks) + '\nMend that, or write the rest with `save(..., partly=True)`.')
         if not made.body[0]: return write_config_file(self.data, path)
         module = re.sub(r'\W', '_', path.stem)+'_code'

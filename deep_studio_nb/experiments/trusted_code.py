@@ -48,7 +48,7 @@ def keep_code(
     parts = loose_parts(config)
     if not parts: return []
     made,was = carry(parts),run.read().get('code') or {}
-    text,lines = made.text,[f'`{k}`, {v}' if v.startswith('which') else f'`{k}` {v}' for k,v in made.missing.items()]
+    text,lines = made.text,made.lacks
     if was.get('sha256')!=_mark(text) or not _file_of(run, was).exists():
         names = (f'notebook{f"-{i}"*(i>1)}.py' for i in count(1))
         file = run.file('code', next(o for o in names if not (run.path/'code'/o).exists()))
@@ -111,8 +111,7 @@ def source_for(
     parts = loose_parts(config)
     if not parts: return ''
     made = carry(parts)
-    lines = [f'  `{k}`{"," if v.startswith("which") else ""} {v}' for k,v in made.missing.items()]
-    if lines: raise RunError('Other processes cannot know all that this uses of the notebook:\n'+'\n'.join(lines)+'\nMend that, or train in this process alone, without `jobs`, `nproc` and `on`.')
+    if made.missing: raise RunError('Other processes cannot know all that this uses of the notebook:\n'+'\n'.join(f'  {o}' for o in made.lacks)+'\nMend that, or train in this process alone, without `jobs`, `nproc` and `on`.')
     return made.text
 
 # %% ../../nbs/50_experiments/50c_trusted_code.ipynb #073944fc

@@ -6,7 +6,7 @@
 __all__ = ['SweepWatch']
 
 # %% ../../nbs/50_experiments/59h_trying.ipynb #709166b1
-import gc, io, time, traceback
+import gc, time, traceback
 from contextlib import redirect_stdout
 from datetime import timezone
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from ..common.config import Config
 from ..common.errors import RunError
+from ..common.output import Nowhere
 from .experiment import Experiment
 from .going_on import runs_of
 from .recorder import records_kept, repeat
@@ -70,10 +71,6 @@ def _begun(cfg:Config, trial:Any)->RunFolder|None:
     since = trial.datetime_start.astimezone(timezone.utc).isoformat(timespec='milliseconds')
     return next((o for o in runs_of(cfg) if o.read()['started']>=since), None)
 
-class _Nowhere(io.TextIOBase):
-    "Take what a run prints, and keep none of it."
-    def write(self, text): return len(text)
-
 # %% ../../nbs/50_experiments/59h_trying.ipynb #f2da8fa4
 @patch
 def _train(self:Sweep, cfg:Config, begun:RunFolder|None, trial:Any)->tuple[str,float|None]: # How it ended, and its value
@@ -82,7 +79,7 @@ def _train(self:Sweep, cfg:Config, begun:RunFolder|None, trial:Any)->tuple[str,f
         exp = (Experiment.auto if begun else Experiment)(cfg)
         exp.trainer.callbacks[:] = [o for o in exp.trainer.callbacks if not isinstance(o, Progress)]
     exp.trainer.add(watch := SweepWatch(self, trial, exp, said))
-    with redirect_stdout(_Nowhere()): exp.fit()
+    with redirect_stdout(Nowhere()): exp.fit()
     if exp.trainer.stopped and not watch.pruned: return 'stopped',None
     best = exp.trainer.history.best()
     return 'pruned' if watch.pruned else 'finished',best and best[self.monitor.name]
